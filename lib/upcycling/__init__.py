@@ -1,1 +1,35 @@
-"""Dense to Mixture-of-Experts upcycling."""
+"""Dense -> Mixture-of-Experts upcycling of language models: the library beneath the notebooks.
+
+Names are loaded when they are first used, so that `import upcycling` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOME = {
+    "config": ["ModelConfig", "MoEConfig", "TrainConfig", "REFERENCE", "count_parameters", "forward_flops"],
+    "corpus": ["load_corpus", "entropy_floor"],
+    "tokens": ["train_tokenizer", "load_tokenizer", "save_tokenizer", "TokenStream", "padded_batch"],
+    "moe": ["MoELayer", "Routing", "route", "aux_loss", "z_loss", "expert_load"],
+    "model": ["DecoderLM"],
+    "transfer": ["upcycle"],
+    "equivalence": ["check_equivalence", "check_causality"],
+    "checkpoint": ["save_model", "load_model"],
+    "training": ["train", "evaluate"],
+    "generation": ["generate"],
+    "environment": ["check_environment"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'upcycling' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__
