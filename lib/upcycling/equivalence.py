@@ -118,8 +118,8 @@ def _why(dense: DecoderLM, moe: DecoderLM, report: EquivalenceReport) -> list[st
     for layer, (low, high) in report.weight_sums.items():
         if max(abs(low - 1), abs(high - 1)) > 100 * torch.finfo(report.dtype).eps:
             reasons.append(
-                f"layer {layer}: the combine weights of a token sum to {low:.3f}..{high:.3f}, so identical experts give "
-                f"{low:.3f}..{high:.3f} times the dense FFN's output; renormalise the top-k weights (renormalize=True)"
+                f"layer {layer}: a token's combine weights sum to {low:.3f}..{high:.3f}, so identical experts give that "
+                "multiple of the dense FFN's output; renormalise the top-k weights (renormalize=True)"
             )
     other = moe.state_dict()
     for name, value in dense.state_dict().items():
@@ -138,8 +138,8 @@ def _why(dense: DecoderLM, moe: DecoderLM, report: EquivalenceReport) -> list[st
         reasons.append(f"causal={dense.config.causal} in the dense model, {moe.config.causal} in the other")
     if not reasons:
         reasons.append(
-            f"the weights agree and every weight sum is 1, so this is rounding: a tolerance of {report.tolerance:.1e} is "
-            f"too strict for {str(report.dtype).removeprefix('torch.')}; compare in float32 or float64"
+            f"the weights agree and every weight sum is 1, so this is rounding: a tolerance of {report.tolerance:.1e} "
+            f"is too strict for {str(report.dtype).removeprefix('torch.')}; compare in float32 or float64"
         )
     return reasons
 
