@@ -118,7 +118,7 @@ def _why(dense: DecoderLM, moe: DecoderLM, report: EquivalenceReport) -> list[st
     for layer, (low, high) in report.weight_sums.items():
         if max(abs(low - 1), abs(high - 1)) > 100 * torch.finfo(report.dtype).eps:
             reasons.append(
-                f"layer {layer}: a token's combine weights sum to {low:.3f}..{high:.3f}, so identical experts give that "
+                f"layer {layer}: a token's combine weights sum to {low:.3f}..{high:.3f}, so copies give that "
                 "multiple of the dense FFN's output; renormalise the top-k weights (renormalize=True)"
             )
     other = moe.state_dict()

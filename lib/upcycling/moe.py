@@ -90,7 +90,7 @@ class Experts(nn.Module):
         self.b_down_ED = nn.Parameter(torch.zeros(e, d)) if config.ffn_bias else None
 
     def forward(self, x_RD: Tensor, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:
-        """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, and counts_E says how many each has."""
+        """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has."""
         up_RF = grouped_linear(x_RD, self.w_up_EFD, self.b_up_EF, expert_ids_R, counts_E)
         gate_RF = None
         if self.w_gate_EFD is not None:
