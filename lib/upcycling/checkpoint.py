@@ -1,0 +1,238 @@
+"""Checkpoints: one safetensors file holds everything, is written in one atomic step, and can run no code when loaded.
+
+    model.<name>              weights and buffers (a tied weight once)
+    optimizer.<name>.<key>    the optimizer's state of that parameter
+    rng.cpu, rng.device       torch's random states, one row per process
+    metadata["upcycling"]     JSON: format, model configuration, and for a training checkpoint the rest of its state
+
+A file is written under a temporary name in the same folder, flushed to the disk and renamed over its predecessor, so
+whoever is killed, and whenever, leaves either the old file or the new one. What is read is checked completely before
+anything is changed: a file that does not fit raises one sentence and leaves model and optimizer as they were.
+"""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = 1
+# Settings that may differ on resume because the weights do not depend on them.
+FREE_SETTINGS = {"eval_every", "eval_batch_size", "log_every", "checkpoint_every", "trackers", "gradient_checkpointing"}
+# Schedules whose value at a step does not depend on how many steps there are: only these runs can be prolonged.
+OPEN_ENDED_SCHEDULES = ("constant", "inverse_sqrt")
+
+
+def save_model(model, path, **header) -> None:
+    """Write weights and configuration to `path`, atomically; `header` adds entries to its JSON. Raises OSError."""
+    _write(path, {f"model.{name}": tensor for name, tensor in _unique(model).items()}, _model_header(model) | header)
+
+
+def load_model(path):
+    """Return the `DecoderLM` of a file of `save_model` or of a training checkpoint, in eval mode, on the CPU.
+
+    Does not touch the random state. Raises FileNotFoundError, and ValueError for a file that is damaged, is not one of
+    ours, or whose tensors do not fit its own configuration (checked before memory for the model is taken).
+    """
+    from upcycling.config import ModelConfig
+    from upcycling.model import DecoderLM
+
+    tensors, header = _read(path)
+    weights = _part(tensors, "model.")
+    try:
+        config = ModelConfig.from_dict(header["model_config"])
+        if config.n_layers > len(weights):  # or a hostile header could have us build layers for hours
+            raise ValueError(f"{config.n_layers} layers but only {len(weights)} tensors")
+        with torch.device("meta"):
+            skeleton = DecoderLM(config)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a model that can be built ({error}); save it anew") from error
+    _check_weights(path, weights, skeleton)
+    with torch.random.fork_rng():
+        model = DecoderLM(config)
+    model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def save_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup, standing) -> None:
+    """Write everything that resuming needs to `path`, atomically.
+
+    `rng` maps names to uint8 tensors (process, bytes); `setup` is what a resuming run must share (configurations and
+    data), `standing` where the run stands; both are JSON-able. Raises OSError (a full disk, say) and then leaves the
+    former file as it was.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in _unique(model).items()}
+    for name, parameter in _trained(model, optimizer):
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    tensors |= {f"rng.{name}": state for name, state in rng.items()}
+    header = _model_header(model) | {
+        "setup": setup,
+        "standing": standing,
+        "scheduler": scheduler.state_dict(),
+        "optimizer_groups": optimizer.state_dict()["param_groups"],
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "tensors": sorted(tensors),
+    }
+    _write(path, tensors, header)
+
+
+def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup) -> tuple[dict, dict]:
+    """Load a file of `save_checkpoint` into model, optimizer, scheduler and scaler; return (standing, rng).
+
+    `rng` and `setup` are those of the present run. Raises ValueError when the file is damaged or was made with another
+    setup, naming each field that differs.
+    """
+    tensors, header = _read(path)
+    try:
+        _check_setup(path, header["setup"], json.loads(json.dumps(setup)))
+        standing, schedule, groups = header["standing"], header["scheduler"], header["optimizer_groups"]
+        weights, saved_rng = _part(tensors, "model."), _part(tensors, "rng.")
+        _check_weights(path, weights, model)
+        if header["tensors"] != sorted(tensors) or {n: s.shape for n, s in saved_rng.items()} != {
+            n: s.shape for n, s in rng.items()
+        }:
+            raise ValueError(f"{path} lacks tensors or has some that do not belong: delete it and start over")
+        state = {}
+        for index, (name, parameter) in enumerate(_trained(model, optimizer)):
+            values = _part(tensors, f"optimizer.{name}.")
+            for (
+                key,
+                value,
+            ) in values.items():  # a full or a factored moment, or a scalar: each broadcasts to its parameter
+                if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
+                    raise ValueError(f"{path}: optimizer state {key} of {name} has shape {tuple(value.shape)}")
+            if values:
+                state[index] = values
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        scheduler.load_state_dict(schedule)
+        if scaler is not None:
+            scaler.load_state_dict(header["scaler"])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this library's training ({error!r})") from error
+    model.load_state_dict(weights, strict=False)
+    return standing, saved_rng
+
+
+def write_text(path, text: str) -> None:
+    """Replace a small text file atomically. Raises OSError with the path and the remedy."""
+
+    def write(temporary):
+        temporary.write_text(text, encoding="utf-8")
+
+    _replace(path, write)
+
+
+def _write(path, tensors: dict, header: dict) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "upcycling": json.dumps(header, allow_nan=False)}
+    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def _replace(path, write) -> None:
+    """Let `write` make a temporary file, flush it to the disk, rename it to `path`; a failure leaves `path` alone."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name != "nt":  # the rename itself survives a power cut only once the folder is flushed, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {path} ({error}): free disk space or choose another folder; the former file is intact"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path) -> tuple[dict, dict]:
+    """Return (tensors, header) of a file, tensors copied to memory of their own (a mapped file has any alignment)."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}: train first, or give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["upcycling"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (
+        SafetensorError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # RecursionError is a RuntimeError
+        raise ValueError(
+            f"{path} cannot be read ({error}): it is truncated, damaged or not a checkpoint of this library"
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of checkpoint format {FORMAT}, the only one this version reads")
+    return tensors, header
+
+
+def _model_header(model) -> dict:
+    import safetensors
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__}
+    return {"format": FORMAT, "model_config": model.config.to_dict(), "versions": versions}
+
+
+def _unique(model) -> dict:
+    """Return the state dict without second names of the same tensor (a head tied to the embedding)."""
+    kept = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not any(tensor is other for other in kept.values()):
+            kept[name] = tensor
+    return kept
+
+
+def _trained(model, optimizer) -> list:
+    """Return (name, parameter) in the order in which the optimizer counts its parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _part(tensors: dict, prefix: str) -> dict:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _check_weights(path, weights: dict, model) -> None:
+    expected = _unique(model)
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} first")
+    if unexpected := sorted(weights.keys() - expected.keys()):
+        raise ValueError(f"{path} has {len(unexpected)} tensors that the model lacks, {unexpected[0]} first")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(weights[name].shape)}, the model's has {tuple(tensor.shape)}"
+            )
+
+
+def _check_setup(path, saved: dict, current: dict) -> None:
+    differing = [
+        f"{part}.{field} is {_get(saved, part, field)!r} there and {_get(current, part, field)!r} here"
+        for part in sorted(saved.keys() | current.keys())
+        for field in sorted(saved.get(part, {}).keys() | current.get(part, {}).keys())
+        if _get(saved, part, field) != _get(current, part, field) and field not in FREE_SETTINGS
+    ]
+    steps = saved["training"]["steps"], current["training"]["steps"]
+    if saved["training"]["schedule"] in OPEN_ENDED_SCHEDULES and steps[0] < steps[1]:
+        differing = [text for text in differing if not text.startswith("training.steps ")]
+    if differing:
+        raise ValueError(
+            f"{path} belongs to another run: {'; '.join(differing)}; use another directory, or resume=False to start anew"
+        )
+
+
+def _get(setup: dict, part: str, field: str):
+    return setup.get(part, {}).get(field)
