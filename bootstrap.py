@@ -98,7 +98,7 @@ def read_stamp(path=STAMP):
 def is_set_up(stamp, wanted, choice):
     """True when nothing has to be installed. An unset UPCYCLING_TORCH accepts whatever was chosen before."""
     same = all(stamp.get(key) == value for key, value in wanted.items())
-    return same and "torch" in stamp and choice in (None, stamp["torch"]) and PYTHON.exists()
+    return same and choice in (None, stamp.get("torch"), stamp.get("asked")) and PYTHON.exists()
 
 
 def has_nvidia_gpu():
@@ -200,8 +200,8 @@ def install(installer, arguments):
 def must_install(installer, arguments, packages):
     succeeded, output = install(installer, arguments)
     if not succeeded:
-        if "-m" in installer and "Installing collected" not in output:
-            UNFINISHED.unlink()  # pip failed before it touched a file: what is there can stay
+        if "Installing collected" not in output and "Prepared " not in output:
+            UNFINISHED.unlink()  # pip or uv failed before it touched a file: what is there can stay
         print("\n".join(output.splitlines()[-15:]), file=sys.stderr)
         raise SetupError(explain(output, packages))
 
@@ -224,8 +224,9 @@ def set_up():
     started = time.time()
     uv = shutil.which("uv")
     make_venv(uv)
-    STAMP.unlink() if STAMP.exists() else None
     UNFINISHED.touch()
+    if STAMP.exists():
+        STAMP.unlink()
 
     if uv:
         installer = [uv, "pip", "install", "--python", PYTHON]
@@ -235,7 +236,8 @@ def set_up():
         listing = [str(PYTHON), "-m", "pip", "config", "list"]
         settings = subprocess.run(listing, stdout=subprocess.PIPE, env=child_environment(os.environ)).stdout.decode()
         settings = "find-links" if "find-links" in settings else ""
-    kind, index, reason = choose_torch(choice or stamp.get("torch"), sys.platform, has_nvidia_gpu(), bool(settings))
+    asked = choice or stamp.get("asked")  # an earlier wish holds until there is a new one
+    kind, index, reason = choose_torch(asked, sys.platform, has_nvidia_gpu(), bool(settings))
     print("torch: {} build ({})".format({"default": "the usual"}.get(kind, kind.upper()), reason), flush=True)
     installed = list(ENV.glob("[Ll]ib*/**/site-packages/torch"))
     free = shutil.disk_usage(str(ENV)).free / 1e9
@@ -267,7 +269,7 @@ def set_up():
         raise SetupError("the packages are installed but `import torch, upcycling` fails; remove .venv and try again")
     handle, name = tempfile.mkstemp(dir=str(ENV))
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(dict(wanted, torch=kind), file)
+        json.dump(dict(wanted, torch=kind, asked=asked), file)
     os.replace(name, str(STAMP))
     UNFINISHED.unlink()
     print(f"ready after {time.time() - started:.0f} s: {finished.stdout.decode().strip()}", flush=True)
@@ -281,10 +283,7 @@ def main(arguments):
     name, rest = arguments[0], arguments[1:]
     try:
         set_up()
-    except SetupError as error:
-        print(f"set-up stopped: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
+    except (SetupError, OSError) as error:
         print(f"set-up stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
