@@ -487,6 +487,13 @@ def test_padded_batch_to_a_length_and_the_trap():
     assert (masked_BT != IGNORE).sum() == 3, "a document of L tokens has L - 1 targets"
 
 
+def test_padded_batch_takes_documents_cut_from_a_stream(tokenizer, tmp_path, recwarn):
+    stream = TokenStream.build(as_dataset(["abc", "a b"]), tokenizer, tmp_path, progress=False)
+    documents = np.split(stream.tokens, np.cumsum(stream.document_lengths)[:-1])
+    expected = padded_batch(encode_documents(tokenizer, ["abc", "a b"]), pad_id=0)
+    assert all(map(torch.equal, padded_batch(documents, pad_id=0), expected)) and not list(recwarn)
+
+
 def test_padding_keeps_a_pad_id_that_is_a_real_target():
     assert padded_batch([[5, 2], [5, 6, 2]], pad_id=2)[1].tolist() == [[2, -100, -100], [6, 2, -100]]
 

@@ -325,7 +325,7 @@ def padded_batch(
     `mask_padding=False` is the trap of notebook 01: pads become targets, easy ones, and lower the reported loss.
     Raises ValueError if there is no document, or one longer than `length`.
     """
-    if not documents:
+    if len(documents) == 0:
         raise ValueError("a batch needs at least one document")
     longest = max(map(len, documents))
     length = longest if length is None else length
@@ -334,7 +334,7 @@ def padded_batch(
     tokens_BT = torch.full((len(documents), length), pad_id, dtype=torch.int64)
     targets_BT = torch.full((len(documents), length), IGNORE if mask_padding else pad_id, dtype=torch.int64)
     for row, ids in enumerate(documents):
-        ids = torch.as_tensor(ids, dtype=torch.int64)
+        ids = torch.from_numpy(np.array(ids, dtype=np.int64))  # a copy: slices of a stream are read-only
         tokens_BT[row, : len(ids)] = ids
         targets_BT[row, : max(len(ids) - 1, 0)] = ids[1:]
     return tokens_BT, targets_BT
