@@ -101,7 +101,7 @@ def _notes():
 
 
 def check_environment(folder: str | os.PathLike = ROOT) -> EnvironmentReport:
-    """Prints an `[OK]` line for each thing that the notebooks need; a `[!!]` line says what to do about one that is not.
+    """Prints an `[OK]` line for each thing that the notebooks need; `[!!]` lines say what to do about the others.
 
     folder: where artifacts will be written; its free disk space is checked. `[--]` lines are remarks. Returns a report.
     """
@@ -158,7 +158,7 @@ def arithmetic_fingerprint() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """The versions and the arithmetic of this machine, stamped into a notebook's metadata when its outputs are saved."""
+    """The versions and the arithmetic of this machine; stamped into a notebook's metadata when outputs are saved."""
     import torch
 
     names = ("numpy", "transformers", "datasets", "tokenizers", "accelerate")

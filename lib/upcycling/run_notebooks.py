@@ -3,8 +3,8 @@
     python -m upcycling.run_notebooks [--out DIR] [NOTEBOOK...]    executed copies and HTML pages, into artifacts/run/
     python -m upcycling.run_notebooks --save [NOTEBOOK...]         saves the outputs into the notebooks themselves
 
-A notebook that fails does not stop the others; the exit status is then 1. UPCYCLING_PRESET and UPCYCLING_CORPUS reach the
-notebooks; outputs are saved only without them, since readers and tests see the defaults.
+A notebook that fails does not stop the others; the exit status is then 1. UPCYCLING_PRESET and UPCYCLING_CORPUS reach
+the notebooks; outputs are saved only without them, since readers and tests see the defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LINES = 20.0  # of progress, where there is no terminal to overw
 
 
 def find_notebooks(names: list[str]) -> list[Path]:
-    """The series' notebooks in order, or those whose file names start with one of `names` ("03", "03_upcycle_it.ipynb").
+    """The series' notebooks in order, or those whose names start with one of `names` (such as "03").
 
     Raises FileNotFoundError when a name matches none.
     """
@@ -62,10 +62,8 @@ class Progress:
             print(text, flush=True)
 
     def close(self, result: str) -> None:
-        print(
-            f"{chr(13) + chr(27) + '[K' if self.live else ''}{self.name}: {result}, {self.minutes():.1f} min",
-            flush=True,
-        )
+        start = "\r\x1b[K" if self.live else ""
+        print(f"{start}{self.name}: {result}, {self.minutes():.1f} min", flush=True)
 
 
 def execute(notebook, folder: Path, progress: Progress) -> str:
@@ -79,7 +77,7 @@ def execute(notebook, folder: Path, progress: Progress) -> str:
         """Whatever kernels the user has installed, the notebooks run with the Python that runs this."""
 
         def get_kernel_spec(self, kernel_name):
-            command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
             return KernelSpec(argv=command, display_name=KERNELSPEC["display_name"], language="python")
 
     cells = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
@@ -227,7 +225,7 @@ def table(rows: list[tuple[str, float, str]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run_notebooks", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "notebooks", nargs="*", metavar="NOTEBOOK", help="name or its beginning, such as 03; default all"
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="beginning of a name, such as 03; default: all"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "artifacts" / "run", help="folder of the executed copies")
     parser.add_argument("--save", action="store_true", help="save the outputs into the notebooks instead")
