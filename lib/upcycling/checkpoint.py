@@ -24,6 +24,7 @@ FORMAT = 1
 FREE_SETTINGS = {"eval_every", "eval_batch_size", "log_every", "checkpoint_every", "trackers", "gradient_checkpointing"}
 # Schedules whose value at a step does not depend on how many steps there are: only these runs can be prolonged.
 OPEN_ENDED_SCHEDULES = ("constant", "inverse_sqrt")
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of a well-formed file
 
 
 def save_model(model, path, **header) -> None:
@@ -45,14 +46,13 @@ def load_model(path):
     try:
         config = ModelConfig.from_dict(header["model_config"])
         if config.n_layers > len(weights):  # or a hostile header could have us build layers for hours
-            raise ValueError(f"{config.n_layers} layers but only {len(weights)} tensors")
+            raise ValueError(f"it claims {config.n_layers} layers but has {len(weights)} tensors")
         with torch.device("meta"):
-            skeleton = DecoderLM(config)
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a model that can be built ({error}); save it anew") from error
-    _check_weights(path, weights, skeleton)
-    with torch.random.fork_rng():
-        model = DecoderLM(config)
+            _check_weights(weights, DecoderLM(config))
+        with torch.random.fork_rng():
+            model = DecoderLM(config)
+    except _MISFITS as error:
+        raise ValueError(f"{path} does not hold a model that fits its own configuration: {_reason(error)}") from error
     model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
     model.load_state_dict(weights, strict=False)
     return model.eval()
@@ -80,41 +80,37 @@ def save_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setu
     _write(path, tensors, header)
 
 
-def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup) -> tuple[dict, dict]:
+def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup, names) -> tuple[dict, dict]:
     """Load a file of `save_checkpoint` into model, optimizer, scheduler and scaler; return (standing, rng).
 
-    `rng` and `setup` are those of the present run. Raises ValueError when the file is damaged or was made with another
-    setup, naming each field that differs.
+    `rng` and `setup` are those of the present run, `names` those of what `standing` must hold. Raises ValueError when
+    the file is damaged or was made with another setup, naming each field that differs.
     """
     tensors, header = _read(path)
     try:
-        _check_setup(path, header["setup"], json.loads(json.dumps(setup)))
-        standing, schedule, groups = header["standing"], header["scheduler"], header["optimizer_groups"]
-        weights, saved_rng = _part(tensors, "model."), _part(tensors, "rng.")
-        _check_weights(path, weights, model)
-        if header["tensors"] != sorted(tensors) or {n: s.shape for n, s in saved_rng.items()} != {
-            n: s.shape for n, s in rng.items()
-        }:
-            raise ValueError(f"{path} lacks tensors or has some that do not belong: delete it and start over")
-        state = {}
+        _check_setup(header["setup"], json.loads(json.dumps(setup)))
+        weights, states, standing = _part(tensors, "model."), _part(tensors, "rng."), header["standing"]
+        _check_weights(weights, model)
+        shapes = {name: state.shape for name, state in states.items()}
+        if header["tensors"] != sorted(tensors) or shapes != {name: state.shape for name, state in rng.items()}:
+            raise ValueError("tensors are missing, or some do not belong")
+        if set(standing) != set(names) or header["scheduler"]["last_epoch"] != standing["step"]:
+            raise ValueError("it does not say where its run stood")
+        moments = {}
         for index, (name, parameter) in enumerate(_trained(model, optimizer)):
-            values = _part(tensors, f"optimizer.{name}.")
-            for (
-                key,
-                value,
-            ) in values.items():  # a full or a factored moment, or a scalar: each broadcasts to its parameter
+            moments[index] = _part(tensors, f"optimizer.{name}.")
+            for value in moments[index].values():  # full or factored or a scalar: each broadcasts to its parameter
                 if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
-                    raise ValueError(f"{path}: optimizer state {key} of {name} has shape {tuple(value.shape)}")
-            if values:
-                state[index] = values
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        scheduler.load_state_dict(schedule)
+                    raise ValueError(f"the optimizer's state of {name} has shape {tuple(value.shape)}")
+        optimizer.load_state_dict({"state": moments, "param_groups": header["optimizer_groups"]})
+        scheduler.load_state_dict(header["scheduler"])
         if scaler is not None:
             scaler.load_state_dict(header["scaler"])
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this library's training ({error!r})") from error
+    except _MISFITS as error:
+        remedy = "use another directory, or resume=False to start over"
+        raise ValueError(f"{path} cannot be resumed from: {_reason(error)}; {remedy}") from error
     model.load_state_dict(weights, strict=False)
-    return standing, saved_rng
+    return standing, states
 
 
 def write_text(path, text: str) -> None:
@@ -205,34 +201,30 @@ def _part(tensors: dict, prefix: str) -> dict:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check_weights(path, weights: dict, model) -> None:
+def _check_weights(weights: dict, model) -> None:
     expected = _unique(model)
     if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} first")
+        raise ValueError(f"it lacks {len(missing)} tensors of the model, {missing[0]} first")
     if unexpected := sorted(weights.keys() - expected.keys()):
-        raise ValueError(f"{path} has {len(unexpected)} tensors that the model lacks, {unexpected[0]} first")
+        raise ValueError(f"it has {len(unexpected)} tensors that the model lacks, {unexpected[0]} first")
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(weights[name].shape)}, the model's has {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape)} but {tuple(tensor.shape)} in the model")
 
 
-def _check_setup(path, saved: dict, current: dict) -> None:
-    differing = [
-        f"{part}.{field} is {_get(saved, part, field)!r} there and {_get(current, part, field)!r} here"
-        for part in sorted(saved.keys() | current.keys())
-        for field in sorted(saved.get(part, {}).keys() | current.get(part, {}).keys())
-        if _get(saved, part, field) != _get(current, part, field) and field not in FREE_SETTINGS
-    ]
-    steps = saved["training"]["steps"], current["training"]["steps"]
-    if saved["training"]["schedule"] in OPEN_ENDED_SCHEDULES and steps[0] < steps[1]:
+def _check_setup(saved: dict, current: dict) -> None:
+    differing = []
+    for part, fields in current.items():
+        there = saved[part]
+        for field in sorted(there.keys() | fields.keys()):
+            if there.get(field) != fields.get(field) and field not in FREE_SETTINGS:
+                differing.append(f"{part}.{field} is {there.get(field)!r} there and {fields.get(field)!r} here")
+    prolonged = saved["training"]["steps"] < current["training"]["steps"]
+    if prolonged and current["training"]["schedule"] in OPEN_ENDED_SCHEDULES:
         differing = [text for text in differing if not text.startswith("training.steps ")]
     if differing:
-        raise ValueError(
-            f"{path} belongs to another run: {'; '.join(differing)}; use another directory, or resume=False to start anew"
-        )
+        raise ValueError(f"it belongs to another run: {'; '.join(differing)}")
 
 
-def _get(setup: dict, part: str, field: str):
-    return setup.get(part, {}).get(field)
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"it is none of this library's ({error!r})"

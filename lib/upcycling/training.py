@@ -72,19 +72,19 @@ def train(
     or the gradient is no longer finite or a tracker is not installed, OSError when a file cannot be written.
     """
     _check(model, train_stream, validation_stream, config, directory)
-    home = next(model.parameters()).device
-    checkpointing = model.gradient_checkpointing
+    accelerator = _accelerator(config, directory)
+    home, checkpointing = next(model.parameters()).device, model.gradient_checkpointing
     model.gradient_checkpointing = config.gradient_checkpointing
-    run = None
     try:
-        accelerator = _accelerator(config, directory)
         with _private_random_numbers(accelerator.device):
             torch.manual_seed(config.seed + accelerator.process_index)  # each process has its own dropout
             run = _Run(accelerator, model, train_stream, validation_stream, config, directory, resume)
             return run.fit(progress, callbacks, verbose)
     finally:
-        if run is not None:
-            run.close()
+        for tracker in accelerator.trackers:  # not end_training(), which would end the caller's process group, too
+            tracker.finish()
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            model.__dict__.pop(name, None)  # what Accelerate leaves on a model would keep the next run from wrapping it
         model.gradient_checkpointing = checkpointing
         model.zero_grad(set_to_none=True)
         model.to(home).eval()
@@ -290,6 +290,7 @@ class _Run:
             standing, rng = load_checkpoint(
                 latest, self.model, self.optimizer, self.scheduler,
                 scaler=self.accelerator.scaler, rng=self._all_random_states(), setup=self._setup(),
+                names=_STANDING,
             )  # fmt: skip
             for name in _STANDING:
                 setattr(self, name, standing[name])
@@ -339,12 +340,6 @@ class _Run:
         gather, device = self.accelerator.gather, self.accelerator.device
         return {name: gather(state.to(device).unsqueeze(0)).cpu() for name, state in states.items()}
 
-    def close(self) -> None:
-        for tracker in self.accelerator.trackers:  # not end_training(), which would end the caller's process group, too
-            tracker.finish()
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        self.model.__dict__.pop("forward", None)  # what is left of Accelerate's autocast wrapper: the plain method
-
 
 # Where a run stands, in the checkpoint's header.
 _STANDING = (
@@ -366,7 +361,7 @@ def _check(model, train_stream, validation_stream, config, directory) -> None:
             f"the training stream has {len(train_stream)} tokens, fewer than one window of {seq_len + 1}: "
             "give more text or choose a smaller seq_len"
         )
-    if config.schedule != "constant" and config.warmup_steps > config.steps:
+    if config.schedule in ("cosine", "onecycle") and config.warmup_steps > config.steps:
         raise ValueError(f"warmup_steps={config.warmup_steps} is more than steps={config.steps}; choose fewer")
     for tracker in config.trackers:
         if tracker not in ("tensorboard", "trackio", "wandb"):
