@@ -45,7 +45,7 @@ class WorldConfig:
     seed: int = 0
     n_towns: int = 400
     n_words: int = 600
-    n_characters: int = 160
+    n_characters: int = 200
     n_functions: int = 150
     fact_zipf: float = 0.0
     shares: tuple[float, float, float, float, float] = (0.25, 0.1, 0.1, 0.3, 0.25)
@@ -331,22 +331,23 @@ class World:
         names = self._shuffled(names)
         self.characters = []
         for index, (name, kind) in enumerate(names):
-            friend = (index + 1 + self._below(len(names) - 1)) % len(names)
-            she = kind == "girl"
-            base, past, ing = words.VERBS[self._below(words.N_HOBBIES)]
-            self.characters.append({
-                "h": name, "kind": kind, "he": "she" if she else "he", "He": "She" if she else "He",
-                "his": "her" if she else "his", "His": "Her" if she else "His", "him": "her" if she else "him",
-                "child": "daughter" if she else "son", "trait": self._one_of(words.TRAITS),
-                "toy": self._one_of(words.THINGS), "color": self._one_of(words.COLORS),
-                "food": self._one_of(words.FOODS), "home": self._one_of(words.HOMES), "pet": self._one_of(words.ANIMALS[:24]),
-                "petname": self._one_of(words.PETS), "hobby": ing, "hobby0": base, "hobbied": past,
-                "fear": self._one_of(words.FEARS), "job": self._one_of(words.JOBS), "friend_index": friend,
-            })  # fmt: skip
+            base, _, ing = self._one_of(words.VERBS[: words.N_HOBBIES])
+            facts = {
+                "h": name, "kind": kind, "trait": self._one_of(words.TRAITS), "toy": self._one_of(words.THINGS),
+                "color": self._one_of(words.COLORS), "food": self._one_of(words.FOODS), "home": self._one_of(words.HOMES),
+                "pet": self._one_of(words.ANIMALS[:24]), "petname": self._one_of(words.PETS), "hobby": ing, "hobby0": base,
+                "fear": self._one_of(words.FEARS), "job": self._one_of(words.JOBS),
+                "town": self.towns[self._below(len(self.towns))]["town"],
+                "friend_index": (index + 1 + self._below(len(names) - 1)) % len(names),
+            }  # fmt: skip
+            adult = self._below(2)
+            facts["m"] = ("Mr. ", "Mrs. ")[adult] + self._one_of(words.SURNAMES)
+            facts |= dict(zip(PRONOUNS, (HE, SHE)[kind == "girl"], strict=True))
+            facts |= dict(zip((f"m.{key}" for key in PRONOUNS), (HE, SHE)[adult], strict=True))
+            self.characters.append(facts)
         for character in self.characters:
             friend = self.characters[character["friend_index"]]
-            character.update({"f": friend["h"], "f.kind": friend["kind"]})
-            character.update({f"f.{key}": friend[key] for key in ("he", "He", "his", "His", "him")})
+            character.update({"f": friend["h"]} | {f"f.{key}": friend[key] for key in CHARACTER_KEYS})
         weights = self._mention_weights(len(names))
         self.name_table = Table([name for name, _ in names], weights)
         self.hero_tables = [
@@ -358,17 +359,21 @@ class World:
             Table([render(form, character) for group in forms for form in group]) for character in self.characters
         ]
         self.tables = {
-            "thing": words.THINGS, "animal": words.ANIMALS, "food": words.FOODS, "plant": words.PLANTS, "place": words.PLACES,
-            "job": words.JOBS, "color": words.COLORS, "quality": words.QUALITIES, "trait": words.TRAITS,
+            "thing": words.THINGS, "find": words.FINDS, "animal": words.ANIMALS, "food": words.FOODS, "plant": words.STORY_PLANTS,
+            "place": words.STORY_PLACES, "house": words.FURNITURE, "limb": words.LIMBS, "moved": words.MOVES,
+            "job": words.JOBS, "color": words.COLORS,
+            "quality": words.QUALITIES + words.STORY_QUALITIES, "good": words.GOOD_TRAITS, "beast": words.TRAITS, "glad": words.FEELINGS,
+            "sad": words.SAD_FEELINGS, "adverb": words.ADVERBS, "weather": words.WEATHER, "weekday": words.WEEKDAYS,
+            "material": words.MATERIALS, "game": words.GAMES, "sound": words.SOUNDS, "scenery": words.SCENERY,
+            "chore": words.CHORES, "meal": words.MEALS, "exclamation": words.EXCLAMATIONS,
+             "do": [verb[0] for verb in words.VERBS[: words.N_HOBBIES]],
+            "did": [verb[1] for verb in words.VERBS[: words.N_HOBBIES]],
+            "doing": [verb[2] for verb in words.VERBS[: words.N_HOBBIES]],
         }  # fmt: skip
-        # Each as it is, with an article, and with a capital article.
+        # Each as it is, with an article, with a capital article, and in the plural.
         self.tables = {
-            key: tuple(Table(map(form, texts)) for form in (str, article, lambda text: article(text).capitalize()))
-            for key, texts in self.tables.items()
+            key: tuple(Table(map(form, dict.fromkeys(texts))) for form in _FORMS) for key, texts in self.tables.items()
         }
-        hobbies = words.VERBS[: words.N_HOBBIES]
-        for key, form in (("doing", 2), ("do", 0), ("did", 1)):
-            self.tables[key] = (Table([verb[form] for verb in hobbies]),)
         self.story = compile_template(STORY)
 
     def _draw_functions(self):
@@ -404,13 +409,14 @@ def compile_template(text: str):
     """Compile a template into a list of steps for `run_template`.
 
     The notation, in which any run of white space is one space and ¶ is a line break:
-        {x}  {x.s}  {a x}  {A x}     the variable x; its plural; with an indefinite article, a small or capital one
+        {x}  {a x}  {A x}  {s x}     the variable x; with an indefinite article, a small or capital one; its plural
         {x=table}  {a x=table}       choose from a table of the world, write it, call it x; {x=table!y}: not what y was
         [one|two|3:three]            choose an alternative, here with odds 1, 1, 3
         [!flag 65]                   choose silently, with 65 %, whether the flag is set; [flag?if set|if not] looks at it
         <part>                       a part written by a Python function
     """
-    text = re.sub(r"\s*\n\s*\|", "|", text.strip())
+    text = re.sub(r"\s*\n\s*([|\]])", r"\1", text.strip())
+    text = re.sub(r"([|\[?])\s*\n\s*", r"\1", text)
     text = re.sub(r" ?¶ ?", "\n", re.sub(r"\s+", " ", text))
     tokens = re.findall(r"\[!\w+ \d+\]|\[\w+\?|\[|\||\]|\{[^{}]+\}|<\w+>|[^\[\]{}|<>]+", text)
     program, end = _compile(tokens, 0)
@@ -456,15 +462,23 @@ def _alternatives(branches):
 
 
 def _slot(text: str):
-    form = {"a ": 1, "A ": 2}.get(text[:2], 0)
+    form = {"a ": 1, "A ": 2, "s ": 3}.get(text[:2], 0)
     name = text[2:] if form else text
     if "=" in name:
         name, table = name.split("=")
         table, _, other = table.partition("!")
         return ("draw", name, table, form, other)
     if form:
-        return ("article", name, form)
-    return ("plural", name[:-2]) if name.endswith(".s") else ("value", name)
+        return ("form", name, form)
+    return ("value", name)
+
+
+def _capital_article(phrase: str) -> str:
+    phrase = article(phrase)
+    return phrase[0].upper() + phrase[1:]
+
+
+_FORMS = (str, article, _capital_article, plural)
 
 
 def run_template(program, chooser, tables, variables, parts=None) -> None:
@@ -483,11 +497,8 @@ def run_template(program, chooser, tables, variables, parts=None) -> None:
             drawn_from = tables[table][form]
             index = chooser.pick_new(drawn_from, (variables["#" + other],)) if other else chooser.pick(drawn_from)
             variables[name], variables["#" + name] = plain.texts[index], index
-        elif kind == "plural":
-            chooser.say(plural(variables[step[1]]))
-        elif kind == "article":
-            phrase = article(variables[step[1]])
-            chooser.say(phrase[0].upper() + phrase[1:] if step[2] == 2 else phrase)
+        elif kind == "form":
+            chooser.say(_FORMS[step[2]](variables[step[1]]))
         elif kind == "flag":
             run_template(step[2][0 if variables[step[1]] else 1], chooser, tables, variables, parts)
         elif kind == "decide":
@@ -498,6 +509,9 @@ def run_template(program, chooser, tables, variables, parts=None) -> None:
 
 # Stories. -------------------------------------------------------------------------------------------------------------
 
+PRONOUNS = ("he", "He", "his", "His", "him")
+HE, SHE = ("he", "He", "his", "His", "him"), ("she", "She", "her", "Her", "her")
+CHARACTER_KEYS = (*PRONOUNS, "kind", "color", "toy", "food", "town", "pet", "petname", "hobby", "fear", "job")
 _FACT_OF_CHARACTER_SENTENCE = [i for i, group in enumerate(CHARACTER_FACTS) for _ in group]
 _HERO_FORMS = Table([""] * len(HERO_FORMS))
 _MORE_FACTS = Table([" ", "\n"], [2, 3])
@@ -526,7 +540,12 @@ def write_story(chooser, world: World) -> None:
             elif chooser.pick(_MORE_FACTS) == 1:
                 break
 
-    run_template(world.story, chooser, world.tables, variables, {"hero": hero, "facts": facts})
+    def other():
+        known = variables["#hero"], variables["friend_index"]
+        newcomer = world.characters[chooser.pick_new(world.name_table, known)]
+        variables.update({"n": newcomer["h"]} | {f"n.{key}": newcomer[key] for key in CHARACTER_KEYS})
+
+    run_template(world.story, chooser, world.tables, variables, {"hero": hero, "facts": facts, "other": other})
 
 
 # Geography. -----------------------------------------------------------------------------------------------------------
@@ -575,7 +594,8 @@ GEOGRAPHY_COLUMNS = (
 )
 _GEOGRAPHY_HEADERS = Table([": " + ", ".join(columns) + "\n" for columns in GEOGRAPHY_COLUMNS])
 _FACT_OF_SENTENCE = [i for i, group in enumerate(TOWN_SENTENCES) for _ in group]
-_MORE_SENTENCES = Table([" ", "\n"], [4, 1])
+_RIVER_SENTENCES = [i for i, fact in enumerate(_FACT_OF_SENTENCE) if fact == 0]
+_MORE_SENTENCES = Table(["", ""], [4, 1])
 _END = Table(["\n", ""], [5, 1])
 _OPENING_FORMS = Table([""] * len(TOWN_OPENINGS))
 _QUESTION_FORMS = Table([""] * len(TOWN_QUESTIONS))
@@ -587,24 +607,22 @@ def write_geography(chooser, world: World) -> None:
     (_write_guide, _write_journey, _write_table, _write_quiz)[style](chooser, world)
 
 
-def _write_town(chooser, world: World, index: int) -> None:
-    table, used = world.town_table(index), []
-    for n_told in range(1, 10):
-        chooser.say(" ") if n_told == 1 else None
+def _write_town(chooser, world: World, index: int, told=()) -> None:
+    """Write four to eight sentences about a town, none of them among `told`."""
+    table, used = world.town_table(index), list(told)
+    for n_told in range(1, 9):
+        chooser.say(" ")
         sentence = chooser.pick_new(table, used)
         used += [i for i, fact in enumerate(_FACT_OF_SENTENCE) if fact == _FACT_OF_SENTENCE[sentence]]
-        if n_told < 4:
-            chooser.say(" ")
-        elif n_told == 9:
-            chooser.say("\n")
-        elif chooser.pick(_MORE_SENTENCES) == 1:
+        if n_told >= 4 and (n_told == 8 or chooser.pick(_MORE_SENTENCES) == 1):
             break
 
 
 def _write_guide(chooser, world: World) -> None:
-    chooser.say(".\n")
+    chooser.say(".")
     used = []
-    for n_told in range(1, 4):
+    for _ in range(3):
+        chooser.say("\n")
         used.append(chooser.pick_new(world.town_openings[chooser.pick(_OPENING_FORMS)], used))
         _write_town(chooser, world, used[-1])
 
@@ -612,11 +630,11 @@ def _write_guide(chooser, world: World) -> None:
 def _write_journey(chooser, world: World) -> None:
     chooser.say(". We start in ")
     index = chooser.pick(world.mentions)
-    chooser.say(".\n")
+    chooser.say(".")
     for _ in range(3):
         town = world.towns[index]
-        chooser.say(f"{town['town']} lies in {town['province']} on the river {town['river']}.")
-        _write_town(chooser, world, index)
+        chooser.say(f"\n{town['town']} lies in {town['province']} on the river {town['river']}.")
+        _write_town(chooser, world, index, _RIVER_SENTENCES)
         index = town["next_index"]
 
 
@@ -872,31 +890,32 @@ FUNCTION_FAMILIES = (
     _linear, _two_arguments, _branch, _loop, _remainder, _map_list, _filter_list, _sum_list, _string,
 )  # fmt: skip
 _WORD_ARGUMENTS = Table(f'"{word}"' for word in words.ANIMALS if word.isalpha())
-_NEXT_CALL = Table(["print(", "\n", ""], [3, 1, 1])
+_NEXT_CALL = Table(["\nprint(", "\n\n"], [3, 2])
+_NEXT_CALL_OR_END = Table(["\nprint(", "\n\n", ""], [3, 1, 1])
+_NEXT_FUNCTION_OR_END = Table(["\n\n", ""])
+_MORE_ITEMS = Table(["]", ", "])
 
 
 def write_code(chooser, world: World) -> None:
-    """Functions of the world's library, each with a few calls and what they print."""
+    """Three to six functions of the world's library, each with one to three calls and what these print."""
     used = []
-    for n_functions in range(1, 5):
-        index = chooser.pick_new(world.definitions, used)
-        used.append(index)
+    for n_functions in range(1, 7):
+        used.append(chooser.pick_new(world.definitions, used))
         chooser.say("\nprint(")
-        for n_calls in range(1, 5):
-            _write_call(chooser, world.functions[index])
-            if n_calls == 1:
-                chooser.say("print(")
-                continue
-            following = 1 if n_calls == 4 else chooser.pick(_NEXT_CALL if n_functions > 1 else _NEXT_CALL_FIRST)
-            if n_calls == 4 and n_functions < 4:
-                chooser.say("\n")
-            if following == 2:
-                return
-            if following == 1:
-                break
-
-
-_NEXT_CALL_FIRST = Table(["print(", "\n"], [3, 2])
+        for n_calls in range(1, 4):
+            _write_call(chooser, world.functions[used[-1]])
+            if n_calls < 3:
+                following = chooser.pick(_NEXT_CALL if n_functions < 3 else _NEXT_CALL_OR_END)
+                if following == 0:
+                    continue
+            elif n_functions < 3:
+                following = 1
+                chooser.say("\n\n")
+            else:
+                following = 1 + chooser.pick(_NEXT_FUNCTION_OR_END)
+            break
+        if following == 2:
+            return
 
 
 def _write_call(chooser, function) -> None:
@@ -908,10 +927,10 @@ def _write_call(chooser, function) -> None:
     elif kind == "l":
         chooser.say("[")
         numbers = [_number(chooser, 1, 20)]
-        while len(numbers) < 2 or (len(numbers) < 4 and chooser.pick(_MORE_ITEMS) == 1):
-            chooser.say(", ")
+        while len(numbers) < 5 and chooser.pick(_MORE_ITEMS) == 1:
             numbers.append(_number(chooser, 1, 20))
-        chooser.say("]")
+        if len(numbers) == 5:
+            chooser.say("]")
         result = compute(numbers)
     else:
         n = _number(chooser, 1, 20)
@@ -920,10 +939,7 @@ def _write_call(chooser, function) -> None:
             result = compute(n, _number(chooser, 1, 20))
         else:
             result = compute(n)
-    chooser.say(f"))  # {result}\n")
-
-
-_MORE_ITEMS = Table(["", ""], [1, 1])
+    chooser.say(f"))  # {result}")
 
 
 # Documents. -----------------------------------------------------------------------------------------------------------
