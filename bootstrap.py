@@ -73,24 +73,24 @@ def torch_choice(environment):
     return choice
 
 
-def wanted_stamp(root=ROOT):
+def wanted_stamp():
     """What a complete set-up of these files on this Python looks like, without the build of torch."""
     import tomllib
 
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     dependencies = [project["build-system"], project["project"]["dependencies"]]
     dependencies += [project["project"]["optional-dependencies"], project["tool"]["setuptools"]]
-    text = json.dumps(dependencies, sort_keys=True) + (root / "requirements.txt").read_text(encoding="utf-8")
+    text = json.dumps(dependencies, sort_keys=True) + (ROOT / "requirements.txt").read_text(encoding="utf-8")
     return {
         "packages": hashlib.sha256(text.encode("utf-8")).hexdigest()[:16],
         "python": "{}.{}".format(*sys.version_info[:2]),
-        "root": str(root),  # a moved folder needs its links to itself renewed
+        "root": str(ROOT),  # a moved folder needs its links to itself renewed
     }
 
 
-def read_stamp(path=STAMP):
+def read_stamp():
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -206,8 +206,8 @@ def must_install(installer, arguments, packages):
         raise SetupError(explain(output, packages))
 
 
-def torch_pin(root=ROOT):
-    for line in (root / "requirements.txt").read_text(encoding="utf-8").splitlines():
+def torch_pin():
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("torch=="):
             return line.split(";")[0].split("==")[1].strip()
     raise SetupError("requirements.txt pins no torch")

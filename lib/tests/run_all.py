@@ -2,13 +2,15 @@
 
     python lib/tests/run_all.py [--only lint|library|notebooks]
 
-Lint first, since it takes a second. Then, side by side (each on one thread): the library's tests, and the notebooks under
-nbval, once with an empty cache and once with what that run has left. Ends with a table; exit status 1 if anything failed.
+Lint first, since it takes a second. Then, side by side (each on one thread): the library's tests, and the notebooks
+under nbval, once with an empty cache and once with what that run has left. Ends with a table; exit status 1 if anything
+failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -24,7 +26,7 @@ CELL_TIMEOUT = 900  # seconds
 def tier(stamps: list[dict], here: dict, wish: str | None) -> tuple[str, str]:
     """(nbval's option, why): strict where the saved outputs can be met to the last digit, lax elsewhere.
 
-    stamps: the notebooks' `upcycling` metadata; here: `environment.provenance()`; wish: UPCYCLING_STRICT, "0", "1" or None.
+    stamps: the notebooks' `upcycling` metadata; here: `environment.provenance()`; wish: UPCYCLING_STRICT, if set.
     Lax runs every cell too, and compares those tagged `nbval-check-output`.
     """
     if wish in ("0", "1"):
@@ -61,80 +63,68 @@ def nbval(option: str) -> list[str]:
 
 
 class Step:
-    """A command with its output in a file, so that two may run at once and be read one after the other."""
+    """A command that runs; its output goes to the terminal, or to a file that is shown at the end."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str]):
-        self.name, self.started = name, time.monotonic()
-        self.output = tempfile.TemporaryFile("w+b")
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT
-        )
-        self.minutes = None
-
-    def finished(self) -> bool:
-        if self.process.poll() is None:
-            return False
-        if self.minutes is None:
-            self.minutes = (time.monotonic() - self.started) / 60
-            self.output.seek(0)
-            text = self.output.read().decode(errors="replace").rstrip()
-            print(
-                f"\n===== {self.name} =====\n{text}\n{self.name}: {self.result()}, {self.minutes:.1f} min", flush=True
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], log: Path | None = None):
+        self.name, self.log, self.started, self.minutes = name, log, time.time(), None
+        print(f"===== {name}" + (" (shown when the notebooks have finished)" if log else ""), flush=True)
+        with log.open("wb") if log else contextlib.nullcontext() as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
             )
-        return True
+
+    def wait(self) -> Step:
+        self.process.wait()
+        end = time.time()
+        if self.log:
+            end = self.log.stat().st_mtime  # it may have ended long ago
+            print(f"===== {self.name}\n{self.log.read_text(errors='replace').rstrip()}", flush=True)
+        self.minutes = (end - self.started) / 60
+        return self
 
     def result(self) -> str:
         return "ok" if self.process.returncode == 0 else "FAILED"
 
-    def wait(self) -> Step:
-        self.process.wait()
-        self.finished()
-        return self
 
-
-def run_steps(only: str | None) -> list[Step]:
+def run_steps(only: str | None, scratch: Path) -> list[Step]:
+    """The finished steps. scratch: an empty folder."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("OMP_NUM_THREADS", "1")
     for name in ("UPCYCLING_PRESET", "UPCYCLING_CORPUS"):
         if environment.pop(name, None):
             print(f"{name} is ignored: the tests compare what the default settings give")
-    steps = []
+    steps, library = [], None
     if only in (None, "lint"):
         ruff = [sys.executable, "-m", "ruff"]
         steps.append(Step("ruff check", [*ruff, "check", "."], environment).wait())
         steps.append(Step("ruff format", [*ruff, "format", "--check", "."], environment).wait())
-    library = None
-    with tempfile.TemporaryDirectory() as artifacts:
-        try:
-            if only in (None, "library"):
-                print("library tests started", flush=True)
-                library = Step("library", [*PYTEST, "--durations=15", "lib/tests"], environment)
-            if only in (None, "notebooks"):
-                option, reason = choose_tier()
-                print(f"notebooks: {option.strip('-')}, because {reason}", flush=True)
-                cached = dict(environment, UPCYCLING_ARTIFACTS=artifacts)
-                for cache in ("empty cache", "warm cache"):
-                    print(f"notebooks, {cache}: started", flush=True)
-                    steps.append(Step(f"notebooks, {cache}", nbval(option), cached))
-                    while not steps[-1].finished():
-                        if library is not None:
-                            library.finished()
-                        time.sleep(0.5)
-        except BaseException:
-            for step in [*steps, *([library] if library else [])]:
-                if step.process.poll() is None:
-                    step.process.terminate()
-            raise
-        if library is not None:
+    if only in (None, "library"):
+        cached = dict(environment, UPCYCLING_ARTIFACTS=str(scratch / "library"))
+        # beside the notebooks: to a file, or the two outputs would mix
+        log = scratch / "library.txt" if only is None else None
+        library = Step("library", [*PYTEST, "--durations=15", "lib/tests"], cached, log)
+    try:
+        if only in (None, "notebooks"):
+            option, reason = choose_tier()
+            print(f"notebooks: {option.strip('-')}, because {reason}", flush=True)
+            cached = dict(environment, UPCYCLING_ARTIFACTS=str(scratch / "notebooks"))
+            for cache in ("empty", "warm"):
+                steps.append(Step(f"notebooks, {cache} cache", nbval(option), cached).wait())
+        if library:
             steps.append(library.wait())
+    finally:
+        if library:
+            library.process.terminate()  # only after an interruption is it still there
     return steps
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("lint", "library", "notebooks"), help="one part instead of everything")
+    options = parser.parse_args()
     started = time.monotonic()
-    steps = run_steps(parser.parse_args().only)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        steps = run_steps(options.only, Path(scratch))
     print(f"\n{'part':26}  minutes  result\n{'-' * 26}  -------  ------")
     for step in steps:
         print(f"{step.name:26}  {step.minutes:7.1f}  {step.result()}")
