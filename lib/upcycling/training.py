@@ -295,7 +295,12 @@ class _Run:
             for name in _STANDING:
                 setattr(self, name, standing[name])
             self.saved_step = self.step
-            _set_random_states(self.accelerator.device, {k: v[self.accelerator.process_index] for k, v in rng.items()})
+            # cloned: torch crashes on a state that does not begin its storage
+            mine = {name: states[self.accelerator.process_index].clone() for name, states in rng.items()}
+            try:
+                _set_random_states(self.accelerator.device, mine)
+            except RuntimeError as error:
+                raise ValueError(f"{latest} cannot be resumed from: {error}; start over with resume=False") from error
             # Rows behind the checkpoint will be made again; a line cut off by a kill can only be such a row.
             self.history = [row for row in _read_rows(history) if row["step"] <= self.step]
         self.accelerator.wait_for_everyone()
@@ -361,8 +366,12 @@ def _check(model, train_stream, validation_stream, config, directory) -> None:
             f"the training stream has {len(train_stream)} tokens, fewer than one window of {seq_len + 1}: "
             "give more text or choose a smaller seq_len"
         )
-    if config.schedule in ("cosine", "onecycle") and config.warmup_steps > config.steps:
-        raise ValueError(f"warmup_steps={config.warmup_steps} is more than steps={config.steps}; choose fewer")
+    highest = {"cosine": config.steps, "onecycle": max(config.steps - 2, 0)}.get(config.schedule, math.inf)
+    if config.warmup_steps > highest:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} does not fit into the {config.schedule} schedule of "
+            f"steps={config.steps}; choose 0..{highest}"
+        )
     for tracker in config.trackers:
         if tracker not in ("tensorboard", "trackio", "wandb"):
             raise ValueError(f"tracker {tracker!r} is unknown; choose of tensorboard, trackio, wandb")
@@ -376,10 +385,14 @@ def _accelerator(config, directory):
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
-    if config.precision == "fp16" and PartialState().device.type == "cpu":
+    cpu = (
+        not torch.accelerator.is_available()
+    )  # has to be said, or processes started by torchrun would not find together
+    if config.precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
         raise ValueError("precision='fp16' needs a GPU; on a CPU choose 'fp32' (or 'bf16' if it has it in hardware)")
     AcceleratorState._reset_state()  # else a second train() in the same process could not choose another precision
     accelerator = Accelerator(
+        cpu=cpu,
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         gradient_accumulation_steps=config.accumulation,
         log_with=list(config.trackers) or None,
