@@ -1,4 +1,4 @@
-"""English word lists from which `upcycling.worlds` writes its texts: nouns by kind, adjectives, verbs and first names."""
+"""English word lists from which `upcycling.worlds` writes its texts: nouns by kind, adjectives, verbs, names."""
 
 
 def _list(text: str) -> tuple[str, ...]:
@@ -179,10 +179,10 @@ whistle/whistled/whistling, juggle/juggled/juggling, knit/knitted/knitting, sew/
 carve/carved/carving, race/raced/racing, hop/hopped/hopping, skip/skipped/skipping, gallop/galloped/galloping,
 fly/flew/flying,
 dive/dived/diving, float/floated/floating, hum/hummed/humming, count/counted/counting, explore/explored/exploring,
-hike/hiked/hiking, camp/camped/camping, garden/gardened/gardening, 
+hike/hiked/hiking, camp/camped/camping, garden/gardened/gardening,
 hunt/hunted/hunting, wrestle/wrestled/wrestling, somersault/somersaulted/somersaulting, row/rowed/rowing,
 ride/rode/riding,
-plant/planted/planting, 
+plant/planted/planting,
 eat/ate/eating, drink/drank/drinking, sleep/slept/sleeping, wake/woke/waking, walk/walked/walking, sit/sat/sitting,
 stand/stood/standing, fall/fell/falling, rise/rose/rising, give/gave/giving, take/took/taking, bring/brought/bringing,
 carry/carried/carrying, hold/held/holding, drop/dropped/dropping, throw/threw/throwing, catch/caught/catching,
@@ -408,13 +408,15 @@ clowns
 """)
 
 _IRREGULAR_PLURALS = {
-    "mouse": "mice", "goose": "geese", "sheep": "sheep", "deer": "deer", "fish": "fish", "salmon": "salmon", "moose": "moose",
+    "mouse": "mice", "goose": "geese", "sheep": "sheep", "deer": "deer", "fish": "fish", "salmon": "salmon",
+    "moose": "moose",
     "bison": "bison", "wolf": "wolves", "calf": "calves", "leaf": "leaves", "shelf": "shelves", "half": "halves",
     "thief": "thieves", "tooth": "teeth", "foot": "feet", "child": "children", "man": "men", "woman": "women",
     "policeman": "policemen", "fisherman": "fishermen", "postman": "postmen", "cactus": "cacti",
     "potato": "potatoes", "tomato": "tomatoes", "hero": "heroes", "mango": "mangoes", "scarf": "scarves",
     "dwarf": "dwarves", "goldfish": "goldfish", "jellyfish": "jellyfish", "starfish": "starfish", "reindeer": "reindeer",
-    "shrimp": "shrimp", "trout": "trout", "thermos": "thermoses", "mongoose": "mongooses", "jigsaw": "jigsaws", "octopus": "octopuses",
+    "shrimp": "shrimp", "trout": "trout", "thermos": "thermoses", "mongoose": "mongooses", "jigsaw": "jigsaws",
+    "octopus": "octopuses",
 }  # fmt: skip
 
 

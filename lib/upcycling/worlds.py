@@ -16,6 +16,7 @@ Reproducible to the byte everywhere: `random.Random.random` is the only source o
 sequence), weights are integers, and nothing depends on the order of a set or of a hash.
 """
 
+import hashlib
 import math
 import random
 import re
@@ -29,7 +30,7 @@ from .stories import CHARACTER_FACTS, HERO_FORMS, STORY
 from .words import article, plural
 
 DOMAINS = ("stories", "arithmetic", "code", "geography", "dictionary")
-MEAN_CHARACTERS = (820, 400, 420, 800, 620)  # of a document of each domain: turns shares of text into document odds
+MEAN_TOKENS = (299, 205, 211, 266, 279)  # of a document of each domain (2,048-token BPE): from shares to odds
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class WorldConfig:
 
     seed: draws the facts; the documents have a seed of their own. n_towns, n_words, n_characters, n_functions: how many
     towns, dictionary words, named story characters and functions exist, each with its fixed facts. fact_zipf: the entry
-    of rank r is mentioned in proportion to 1 / r ** fact_zipf; 0 mentions all equally often. shares: the share of the
-    corpus's text for each of `DOMAINS`, in that order.
+    of rank r is mentioned in proportion to 1 / r ** fact_zipf; 0 mentions all equally often. shares: about the share
+    of the corpus's tokens for each of `DOMAINS`, in that order.
     """
 
     seed: int = 0
@@ -53,7 +54,7 @@ class WorldConfig:
     def __post_init__(self):
         limits = {
             "n_towns": (8, 20_000),
-            "n_words": (50, len(DICTIONARY_WORDS)),
+            "n_words": (100, len(DICTIONARY_WORDS)),
             "n_characters": (8, len(words.GIRLS) + len(words.BOYS)),
             "n_functions": (8, 2_000),
             "fact_zipf": (0, 4),
@@ -83,8 +84,13 @@ def _dictionary_words() -> tuple[tuple[str, str], ...]:
 DICTIONARY_WORDS = _dictionary_words()
 
 
+def _split(text: str) -> list[str]:
+    """Words between spaces; "-" stands for nothing."""
+    return ["" if part == "-" else part for part in text.split(" ")]
+
+
 class Table:
-    """A weighted choice among texts: integer weights, so that the same random number means the same entry everywhere."""
+    """A weighted choice among texts; integer weights, so that a random number means the same entry everywhere."""
 
     __slots__ = ("costs", "cumulative", "texts", "total", "weights")
 
@@ -138,7 +144,7 @@ class _Mismatch(Exception):
 
 
 class _Reader:
-    """Replays a list of choices against a text; where the list ends, takes the first fitting choice and notes the others."""
+    """Replays a script of choices against a text; past its end, takes the first one that fits and notes the others."""
 
     def __init__(self, text: str, script: list[int]):
         self.text, self.position = text, 0
@@ -183,18 +189,14 @@ class World:
     """The facts that the documents are about, drawn once from `config.seed`, and the tables the writers choose from."""
 
     def __init__(self, config: WorldConfig | None = None):
-        self.config = config = config or WorldConfig()
-        self._random = random.Random(f"world {config.seed}").random
+        self.config = config or WorldConfig()
         self._taken = {word for word, _ in DICTIONARY_WORDS} | {name.lower() for name in words.GIRLS + words.BOYS}
-        odds = [round(1e6 * share / length) for share, length in zip(config.shares, MEAN_CHARACTERS, strict=True)]
+        odds = [round(1e6 * share / tokens) for share, tokens in zip(self.config.shares, MEAN_TOKENS, strict=True)]
         self.domains = Table([""] * len(DOMAINS), odds)
-        self._draw_geography()
-        self._draw_dictionary()
-        self._draw_characters()
-        self._draw_functions()
-        self.writers = (write_story, write_arithmetic, write_code, write_geography, write_dictionary)
-
-    # Drawing facts.
+        for draw in (self._draw_geography, self._draw_dictionary, self._draw_characters, self._draw_functions):
+            # A generator of its own for each part: more towns do not change the dictionary.
+            self._random = random.Random(f"world {self.config.seed} {draw.__name__}").random
+            draw()
 
     def _below(self, n: int) -> int:
         return int(self._random() * n)
@@ -209,44 +211,36 @@ class World:
             items[i], items[j] = items[j], items[i]
         return items
 
-    def _new_name(self, onsets, vowels, codas, syllables: tuple[int, int], endings=("",)) -> str:
+    def _new_name(self, sounds, syllables: tuple[int, int], endings=("",)) -> str:
         """A made-up lower-case word that nothing else in this world is called."""
         low, high = syllables
         while True:
             count = low + self._below(high - low + 1)
-            name = "".join(self._one_of(onsets) + self._one_of(vowels) + self._one_of(codas) for _ in range(count))
-            name += self._one_of(endings)
+            name = "".join(self._one_of(sound) for _ in range(count) for sound in sounds) + self._one_of(endings)
             if name not in self._taken and 3 < len(name) < 13:
                 self._taken.add(name)
                 return name
 
     def _mention_weights(self, n: int) -> list[int]:
-        """Integer weights of n entries by rank; rounding keeps them equal on platforms whose `pow` differs in a last bit."""
+        """Integer weights of n entries by rank; rounded, so that they are equal where `pow` differs in a last bit."""
         return [max(1, round(1e6 * (rank + 1) ** -self.config.fact_zipf)) for rank in range(n)]
 
     def _draw_geography(self):
-        onsets, vowels, codas = (
-            _split("b d f g h k l m n p r s t v w br dr gr kr st tr"),
-            "aeiou",
-            _split("l n r s t - - - -"),
-        )
-        endings = _split("by dal ford gard ham holm mar mere mouth nor stad ster ton vik wick")
-        name = lambda syllables, ends=("",): self._new_name(onsets, vowels, codas, syllables, ends).title()  # noqa: E731
-        self.country = name((2, 2), _split("ia or land"))
         n = self.config.n_towns
-        towns = [name((1, 2), endings) for _ in range(n)]
-        provinces = [name((2, 2), _split("ia en is")) for _ in range(max(3, min(24, n // 12)))]
-        rivers = [name((1, 2), _split("e a o ")) for _ in range(max(4, min(96, n // 5)))]
-        families = [name((1, 2), _split("sen ski man ber o er")) for _ in range(max(4, min(120, n // 4)))]
-        products = self._shuffled(plural(noun) for noun in words.THINGS + words.FOODS if noun not in ("dice", "date"))
+        self.country = self._new_name(PLACE_SOUNDS, (2, 2), ("ia", "or", "land")).title()
+        towns = [self._new_name(PLACE_SOUNDS, (1, 2), TOWN_ENDINGS).title() for _ in range(n)]
+
+        def names(count, syllables, endings):
+            return [self._new_name(PLACE_SOUNDS, syllables, endings).title() for _ in range(count)]
+
+        provinces = names(max(3, min(24, n // 12)), (2, 2), ("ia", "en", "is"))
+        rivers = names(max(4, min(96, n // 5)), (1, 2), ("e", "a", "o", ""))
+        families = names(max(4, min(120, n // 4)), (1, 2), ("sen", "ski", "man", "ber", "o", "er"))
+        products = [plural(noun) for noun in words.THINGS + words.FOODS]
         circle = self._shuffled(range(n))
         successor = {town: circle[(i + 1) % n] for i, town in enumerate(circle)}
-        self.towns = []
-        for index, town in enumerate(towns):
-            month = self._one_of(
-                _split("January February March April May June July August September October November December")
-            )
-            self.towns.append({
+        self.towns = [
+            {
                 "town": town,
                 "province": self._one_of(provinces),
                 "river": self._one_of(rivers),
@@ -258,141 +252,135 @@ class World:
                 "year": str(1000 + self._below(900)),
                 "landmark": f"{self._one_of(LANDMARK_ADJECTIVES)} {self._one_of(LANDMARKS)}",
                 "festival": f"{self._one_of(words.FOODS)} festival",
-                "month": month,
+                "month": self._one_of(MONTHS),
                 "flag": article(f"{self._one_of(words.COLORS)} {self._one_of(words.ANIMALS)}"),
-                "dish": f"{self._one_of(words.FOODS)} {self._one_of(_split('soup stew bread pie cheese salad jam porridge'))}",
+                "dish": f"{self._one_of(words.FOODS)} {self._one_of(DISHES)}",
                 "mayor": f"{self._one_of(words.GIRLS + words.BOYS)} {self._one_of(families)}",
-            })  # fmt: skip
-        self.mentions = Table(towns, self._mention_weights(n))
-        self._town_tables = {}
-        self.geography_titles = Table([title.format(country=self.country) for title in GEOGRAPHY_TITLES])
-        rows = lambda form: Table([form.format(**town) for town in self.towns], self._mention_weights(n))  # noqa: E731
-        self.town_rows = [rows(" ; ".join(f"{{{column}}}" for column in columns)) for columns in GEOGRAPHY_COLUMNS]
-        self.town_openings = [rows(form) for form in TOWN_OPENINGS]
-        self.town_questions = [rows(form) for form in TOWN_QUESTIONS]
+            }
+            for index, town in enumerate(towns)
+        ]
+        weights = self._mention_weights(n)
 
-    def town_table(self, index: int) -> Table:
+        def one_line_each(form):
+            return Table([form.format(**town) for town in self.towns], weights)
+
+        self.geography_titles = Table([title.format(country=self.country) for title in GEOGRAPHY_TITLES])
+        self.town_names = one_line_each("{town}")
+        self.town_openings = [one_line_each(form) for form in TOWN_OPENINGS]
+        self.town_questions = [one_line_each(form) for form in TOWN_QUESTIONS]
+        self.town_rows = [
+            one_line_each(" ; ".join(f"{{{column}}}" for column in columns)) for columns in GEOGRAPHY_COLUMNS
+        ]
+        self._town_sentences = {}
+
+    def town_sentences(self, index: int) -> Table:
         """The sentences about one town; made when first needed."""
-        if index not in self._town_tables:
+        if index not in self._town_sentences:
             forms = [form for group in TOWN_SENTENCES for form in group]
-            self._town_tables[index] = Table([form.format(**self.towns[index]) for form in forms])
-        return self._town_tables[index]
+            self._town_sentences[index] = Table([form.format(**self.towns[index]) for form in forms])
+        return self._town_sentences[index]
 
     def _draw_dictionary(self):
-        onsets, vowels, codas = (
-            _split("b ch d f g h j k l m n p r s sh t th v y z"),
-            "aeiou",
-            _split("k l m n r s sh - - - - - - - - - - -"),
-        )
-        word = lambda syllables: self._new_name(onsets, vowels, codas, syllables)  # noqa: E731
-        self.language = word((2, 2)).title() + "ish"
-        classes = ("water", "fire", "stone", "bird", "wind", "root", "salt", "moon")
-        suffixes = [word((1, 1))[:3] for _ in range(8)]
+        self.language = self._new_name(LANGUAGE_SOUNDS, (2, 2)).title() + "ish"
+        self.and_word = self._new_name(LANGUAGE_SOUNDS, (1, 1))
+        suffixes = [self._new_name(LANGUAGE_SOUNDS, (1, 1))[:3] for _ in range(8)]
         chosen = sorted(self._shuffled(DICTIONARY_WORDS)[: self.config.n_words])
-        adjectives = [english for english, part in chosen if part == "adj"]
-        self.entries = []
+        entries = []
         for english, part in chosen:
-            foreign = word((2, 3))
-            self.entries.append({
-                "english": english, "part": part, "foreign": foreign, "class": self._one_of(classes),
-                "form": foreign + self._one_of(suffixes), "form_name": {"n": "plural", "adj": "more", "v": "past"}[part],
+            foreign = self._new_name(LANGUAGE_SOUNDS, (2, 3))
+            entries.append({
+                "english": english, "part": part, "foreign": foreign, "class": self._one_of(WORD_CLASSES),
+                "form": foreign + self._one_of(suffixes), "form_name": FORM_NAMES[part],
             })  # fmt: skip
-        by_english = {entry["english"]: entry for entry in self.entries}
-        nouns = [entry for entry in self.entries if entry["part"] == "n"]
-        for entry in self.entries:
+        nouns = [entry for entry in entries if entry["part"] == "n"]
+        adjectives = [entry for entry in entries if entry["part"] == "adj"]
+        for entry in entries:
             noun = entry if entry["part"] == "n" else self._one_of(nouns)
-            adjective = entry if entry["part"] == "adj" else by_english[self._one_of(adjectives)]
             if entry["part"] == "v":
                 entry["example"] = f"the {noun['english']} can {entry['english']}"
                 entry["translated"] = f"{noun['foreign']} {entry['foreign']}"
             else:
+                adjective = entry if entry["part"] == "adj" else self._one_of(adjectives)
                 entry["example"] = f"the {adjective['english']} {noun['english']}"
                 entry["translated"] = f"{noun['foreign']} {adjective['foreign']}"
-        weights = self._mention_weights(len(self.entries))
-        # Ranks are dealt at random: otherwise the words at the start of the alphabet would be the frequent ones.
-        weights = self._shuffled(weights)
-        self.and_word = word((1, 1))
+        # Ranks are dealt at random: otherwise the frequent words would be those at the start of the alphabet.
+        weights = self._shuffled(self._mention_weights(len(entries)))
         self.dictionary_titles = Table([title.format(language=self.language) for title in DICTIONARY_TITLES])
         self.dictionary_lines = [
-            Table([form.format(**entry) for entry in self.entries], weights) for form in DICTIONARY_FORMS
+            Table([form.format(**entry) for entry in entries], weights) for form in DICTIONARY_FORMS
         ]
-        pick = lambda kind: [(e, w) for e, w in zip(self.entries, weights, strict=True) if e["part"] == kind]  # noqa: E731
-        self.phrase_nouns, self.phrase_adjectives = pick("n"), pick("adj")
-        self.noun_table = Table([e["english"] for e, _ in self.phrase_nouns], [w for _, w in self.phrase_nouns])
-        self.adjective_table = Table(
-            [e["english"] + " " for e, _ in self.phrase_adjectives], [w for _, w in self.phrase_adjectives]
-        )
+
+        def english_and_foreign(part, form):
+            rows = [(entry, weight) for entry, weight in zip(entries, weights, strict=True) if entry["part"] == part]
+            table = Table([form.format(entry["english"]) for entry, _ in rows], [weight for _, weight in rows])
+            return table, [entry["foreign"] for entry, _ in rows]
+
+        self.nouns, self.adjectives = english_and_foreign("n", "{}"), english_and_foreign("adj", "{} ")
 
     def _draw_characters(self):
-        girls, boys = self._shuffled(words.GIRLS), self._shuffled(words.BOYS)
-        half = self.config.n_characters // 2
-        names = [(name, "girl") for name in girls[:half]]
-        names += [(name, "boy") for name in boys[: self.config.n_characters - len(names)]]
-        names = self._shuffled(names)
+        n = self.config.n_characters
+        girls, boys = self._shuffled(words.GIRLS)[: n // 2], self._shuffled(words.BOYS)[: n - n // 2]
+        names = self._shuffled([(name, "girl") for name in girls] + [(name, "boy") for name in boys])
+        hobbies = words.VERBS[: words.N_HOBBIES]
         self.characters = []
         for index, (name, kind) in enumerate(names):
-            base, _, ing = self._one_of(words.VERBS[: words.N_HOBBIES])
-            facts = {
+            adult = self._one_of(("Mr.", "Mrs."))
+            self.characters.append({
                 "h": name, "kind": kind, "trait": self._one_of(words.TRAITS), "toy": self._one_of(words.THINGS),
-                "color": self._one_of(words.COLORS), "food": self._one_of(words.FOODS), "home": self._one_of(words.HOMES),
-                "pet": self._one_of(words.ANIMALS[:24]), "petname": self._one_of(words.PETS), "hobby": ing, "hobby0": base,
-                "fear": self._one_of(words.FEARS), "job": self._one_of(words.JOBS),
-                "town": self.towns[self._below(len(self.towns))]["town"],
-                "friend_index": (index + 1 + self._below(len(names) - 1)) % len(names),
-            }  # fmt: skip
-            adult = self._below(2)
-            facts["m"] = ("Mr. ", "Mrs. ")[adult] + self._one_of(words.SURNAMES)
-            facts |= dict(zip(PRONOUNS, (HE, SHE)[kind == "girl"], strict=True))
-            facts |= dict(zip((f"m.{key}" for key in PRONOUNS), (HE, SHE)[adult], strict=True))
-            self.characters.append(facts)
+                "color": self._one_of(words.COLORS), "food": self._one_of(words.FOODS),
+                "home": self._one_of(words.HOMES), "town": self._one_of(self.towns)["town"],
+                "pet": self._one_of(words.ANIMALS[:24]), "petname": self._one_of(words.PETS),
+                "hobby": self._one_of(hobbies)[2], "fear": self._one_of(words.FEARS), "job": self._one_of(words.JOBS),
+                "m": f"{adult} {self._one_of(words.SURNAMES)}",
+                "friend_index": (index + 1 + self._below(n - 1)) % n,
+                **PRONOUNS[kind], **{f"m.{key}": pronoun for key, pronoun in PRONOUNS[adult].items()},
+            })  # fmt: skip
         for character in self.characters:
             friend = self.characters[character["friend_index"]]
-            character.update({"f": friend["h"]} | {f"f.{key}": friend[key] for key in CHARACTER_KEYS})
-        weights = self._mention_weights(len(names))
-        self.name_table = Table([name for name, _ in names], weights)
-        self.hero_tables = [
-            Table([render(compile_template(form), character) for character in self.characters], weights)
-            for form in HERO_FORMS
-        ]
-        forms = [[compile_template(form) for form in group] for group in CHARACTER_FACTS]
-        self.character_tables = [
-            Table([render(form, character) for group in forms for form in group]) for character in self.characters
-        ]
-        self.tables = {
-            "thing": words.THINGS, "find": words.FINDS, "animal": words.ANIMALS, "food": words.FOODS, "plant": words.STORY_PLANTS,
-            "place": words.STORY_PLACES, "house": words.FURNITURE, "limb": words.LIMBS, "moved": words.MOVES,
-            "job": words.JOBS, "color": words.COLORS,
-            "quality": words.QUALITIES + words.STORY_QUALITIES, "good": words.GOOD_TRAITS, "beast": words.TRAITS, "glad": words.FEELINGS,
-            "sad": words.SAD_FEELINGS, "adverb": words.ADVERBS, "weather": words.WEATHER, "weekday": words.WEEKDAYS,
-            "material": words.MATERIALS, "game": words.GAMES, "sound": words.SOUNDS, "scenery": words.SCENERY,
-            "chore": words.CHORES, "meal": words.MEALS, "exclamation": words.EXCLAMATIONS,
-             "do": [verb[0] for verb in words.VERBS[: words.N_HOBBIES]],
-            "did": [verb[1] for verb in words.VERBS[: words.N_HOBBIES]],
-            "doing": [verb[2] for verb in words.VERBS[: words.N_HOBBIES]],
+            character |= {"f": friend["h"]} | {f"f.{key}": friend[key] for key in OTHERS_KEYS}
+        weights = self._mention_weights(n)
+
+        def one_line_each(form):
+            program = compile_template(form)
+            return Table([render(program, character) for character in self.characters], weights)
+
+        self.names = one_line_each("{h}")
+        self.heroes = [one_line_each(form) for form in HERO_FORMS]
+        facts = [compile_template(form) for group in CHARACTER_FACTS for form in group]
+        self.character_facts = [Table([render(form, character) for form in facts]) for character in self.characters]
+        lists = {
+            "thing": words.THINGS, "find": words.FINDS, "animal": words.ANIMALS, "food": words.FOODS,
+            "meal": words.MEALS, "plant": words.STORY_PLANTS, "place": words.STORY_PLACES, "house": words.FURNITURE,
+            "limb": words.LIMBS, "job": words.JOBS, "color": words.COLORS, "material": words.MATERIALS,
+            "quality": words.QUALITIES + words.STORY_QUALITIES, "good": words.GOOD_TRAITS, "beast": words.TRAITS,
+            "glad": words.FEELINGS, "sad": words.SAD_FEELINGS, "adverb": words.ADVERBS, "weather": words.WEATHER,
+            "weekday": words.WEEKDAYS, "game": words.GAMES, "sound": words.SOUNDS, "scenery": words.SCENERY,
+            "chore": words.CHORES, "exclamation": words.EXCLAMATIONS, "moved": words.MOVES,
+            "do": [base for base, _, _ in hobbies], "doing": [ing for _, _, ing in hobbies],
         }  # fmt: skip
-        # Each as it is, with an article, with a capital article, and in the plural.
+        # Each in the forms that a template can ask for: as it is, with an article, and so on.
         self.tables = {
-            key: tuple(Table(map(form, dict.fromkeys(texts))) for form in _FORMS) for key, texts in self.tables.items()
+            key: [Table(map(form, dict.fromkeys(texts))) for form in TEMPLATE_FORMS.values()]
+            for key, texts in lists.items()
         }
         self.story = compile_template(STORY)
 
     def _draw_functions(self):
-        verbs = _split("scale shift fold mix count pack trim join rank weigh score blend stack slice level pair")
-        nouns = [thing for thing in words.THINGS if thing.isalpha()]
-        self.functions, names = [], set()
-        while len(self.functions) < self.config.n_functions:
-            name = f"{self._one_of(verbs)}_{self._one_of(nouns)}"
-            if name not in names:
-                names.add(name)
-                self.functions.append((name, *self._one_of(FUNCTION_FAMILIES)(self)))
+        names = [f"{verb}_{thing}" for verb in FUNCTION_VERBS for thing in words.THINGS if thing.isalpha()]
+        names = self._shuffled(names)[: self.config.n_functions]
+        self.functions = [(name, *self._one_of(FUNCTION_FAMILIES)(self)) for name in names]
         definitions = []
         for name, parameters, body, _, _ in self.functions:
             definitions.append(f"def {name}({parameters}):\n" + "".join(f"    {line}\n" for line in body.split("\n")))
         self.definitions = Table(definitions, self._mention_weights(len(definitions)))
 
 
-def _split(text: str) -> list[str]:
-    return ["" if part == "-" else part for part in text.split(" ")]
+def siblings(groups) -> list[range]:
+    """For the members of nested groups, numbered throughout: which members are in the same group as each."""
+    result = []
+    for group in groups:
+        result += [range(len(result), len(result) + len(group))] * len(group)
+    return result
 
 
 def render(program, variables) -> str:
@@ -412,7 +400,7 @@ def compile_template(text: str):
         {x}  {a x}  {A x}  {s x}     the variable x; with an indefinite article, a small or capital one; its plural
         {x=table}  {a x=table}       choose from a table of the world, write it, call it x; {x=table!y}: not what y was
         [one|two|3:three]            choose an alternative, here with odds 1, 1, 3
-        [!flag 65]                   choose silently, with 65 %, whether the flag is set; [flag?if set|if not] looks at it
+        [!flag 65]                   choose silently, with 65 %, whether the flag is set; [flag?yes|no] looks at it
         <part>                       a part written by a Python function
     """
     text = re.sub(r"\s*\n\s*([|\]])", r"\1", text.strip())
@@ -432,7 +420,7 @@ def _compile(tokens: list[str], start: int):
         position += 1
         if token.startswith("[!"):
             flag, percent = token[2:-1].split()
-            program.append(("decide", Table(["", ""], [100 - int(percent), int(percent)]), flag))
+            program.append(("decide", flag, Table(["", ""], [100 - int(percent), int(percent)])))
         elif token[0] == "[":
             branches = []
             while tokens[position - 1] != "]":
@@ -462,15 +450,12 @@ def _alternatives(branches):
 
 
 def _slot(text: str):
-    form = {"a ": 1, "A ": 2, "s ": 3}.get(text[:2], 0)
-    name = text[2:] if form else text
-    if "=" in name:
-        name, table = name.split("=")
-        table, _, other = table.partition("!")
-        return ("draw", name, table, form, other)
-    if form:
-        return ("form", name, form)
-    return ("value", name)
+    prefix, _, name = text.rpartition(" ")
+    if "=" not in name:
+        return ("write", name, TEMPLATE_FORMS[prefix])
+    name, table = name.split("=")
+    table, _, other = table.partition("!")
+    return ("draw", name, table, list(TEMPLATE_FORMS).index(prefix), other)
 
 
 def _capital_article(phrase: str) -> str:
@@ -478,41 +463,42 @@ def _capital_article(phrase: str) -> str:
     return phrase[0].upper() + phrase[1:]
 
 
-_FORMS = (str, article, _capital_article, plural)
+TEMPLATE_FORMS = {"": str, "a": article, "A": _capital_article, "s": plural}
 
 
 def run_template(program, chooser, tables, variables, parts=None) -> None:
     """Write a compiled template; `variables` is filled with what was chosen, `parts` holds the functions of <part>."""
-    for step in program:
-        kind = step[0]
+    for kind, *step in program:
         if kind == "say":
-            chooser.say(step[1])
-        elif kind == "value":
-            chooser.say(variables[step[1]])
-        elif kind == "pick":
-            run_template(step[2][chooser.pick(step[1])], chooser, tables, variables, parts)
+            chooser.say(step[0])
+        elif kind == "write":
+            name, form = step
+            chooser.say(form(variables[name]))
         elif kind == "draw":
-            _, name, table, form, other = step
-            plain = tables[table][0]
-            drawn_from = tables[table][form]
-            index = chooser.pick_new(drawn_from, (variables["#" + other],)) if other else chooser.pick(drawn_from)
-            variables[name], variables["#" + name] = plain.texts[index], index
-        elif kind == "form":
-            chooser.say(_FORMS[step[2]](variables[step[1]]))
+            name, table, form, other = step
+            table, written = tables[table][0], tables[table][form]
+            index = chooser.pick_new(written, (variables["#" + other],)) if other else chooser.pick(written)
+            variables[name], variables["#" + name] = table.texts[index], index
+        elif kind == "pick":
+            heads, branches = step
+            run_template(branches[chooser.pick(heads)], chooser, tables, variables, parts)
         elif kind == "flag":
-            run_template(step[2][0 if variables[step[1]] else 1], chooser, tables, variables, parts)
+            flag, branches = step
+            run_template(branches[0 if variables[flag] else 1], chooser, tables, variables, parts)
         elif kind == "decide":
-            variables[step[2]] = chooser.pick(step[1]) == 1
+            flag, odds = step
+            variables[flag] = chooser.pick(odds) == 1
         else:
-            parts[step[1]]()
+            parts[step[0]]()
 
 
 # Stories. -------------------------------------------------------------------------------------------------------------
 
-PRONOUNS = ("he", "He", "his", "His", "him")
-HE, SHE = ("he", "He", "his", "His", "him"), ("she", "She", "her", "Her", "her")
-CHARACTER_KEYS = (*PRONOUNS, "kind", "color", "toy", "food", "town", "pet", "petname", "hobby", "fear", "job")
-_FACT_OF_CHARACTER_SENTENCE = [i for i, group in enumerate(CHARACTER_FACTS) for _ in group]
+_HE = {"he": "he", "He": "He", "his": "his", "His": "His", "him": "him"}
+_SHE = {"he": "she", "He": "She", "his": "her", "His": "Her", "him": "her"}
+PRONOUNS = {"boy": _HE, "Mr.": _HE, "girl": _SHE, "Mrs.": _SHE}
+OTHERS_KEYS = (*_HE, "kind", "color", "toy", "food", "town", "pet", "petname", "hobby", "fear", "job")
+_SIBLINGS = siblings(CHARACTER_FACTS)
 _HERO_FORMS = Table([""] * len(HERO_FORMS))
 _MORE_FACTS = Table([" ", "\n"], [2, 3])
 
@@ -522,41 +508,41 @@ def write_story(chooser, world: World) -> None:
     variables = {}
 
     def hero():
-        index = chooser.pick(world.hero_tables[chooser.pick(_HERO_FORMS)])
+        index = chooser.pick(world.heroes[chooser.pick(_HERO_FORMS)])
         variables.update(world.characters[index])
         variables["#hero"] = index
 
     def facts():
-        table = world.character_tables[variables["#hero"]]
         used = []
         for n_told in range(1, 5):
-            sentence = chooser.pick_new(table, used)
-            fact = _FACT_OF_CHARACTER_SENTENCE[sentence]
-            used += [i for i, other in enumerate(_FACT_OF_CHARACTER_SENTENCE) if other == fact]
-            if n_told == 4:
-                chooser.say("\n")
-            elif n_told == 1:
+            used += _SIBLINGS[chooser.pick_new(world.character_facts[variables["#hero"]], used)]
+            if n_told == 1:
                 chooser.say(" ")
+            elif n_told == 4:
+                chooser.say("\n")
             elif chooser.pick(_MORE_FACTS) == 1:
                 break
 
     def other():
         known = variables["#hero"], variables["friend_index"]
-        newcomer = world.characters[chooser.pick_new(world.name_table, known)]
-        variables.update({"n": newcomer["h"]} | {f"n.{key}": newcomer[key] for key in CHARACTER_KEYS})
+        newcomer = world.characters[chooser.pick_new(world.names, known)]
+        variables.update({"n": newcomer["h"]} | {f"n.{key}": newcomer[key] for key in OTHERS_KEYS})
 
     run_template(world.story, chooser, world.tables, variables, {"hero": hero, "facts": facts, "other": other})
 
 
 # Geography. -----------------------------------------------------------------------------------------------------------
 
+PLACE_SOUNDS = (_split("b d f g h k l m n p r s t v w br dr gr kr st tr"), "aeiou", _split("l n r s t - - - -"))
+TOWN_ENDINGS = _split("by dal ford gard ham holm mar mere mouth nor stad ster ton vik wick")
+MONTHS = _split("January February March April May June July August September October November December")
+DISHES = _split("soup stew bread pie cheese salad jam porridge")
 LANDMARK_ADJECTIVES = _split(
     "old white round tall leaning golden stone silent broken painted crooked red hanging hidden iron great"
 )
 LANDMARKS = _split(
-    "tower bridge mill gate fountain market lighthouse clock garden wall library theater cave statue well"
+    "tower bridge mill gate fountain market lighthouse clock garden wall library theater cave statue well castle church"
 )
-LANDMARKS += _split("castle church harbor")
 GEOGRAPHY_TITLES = (
     "A guide to {country}", "Towns of {country}", "A journey through {country}", "The road across {country}",
     "Tables of {country}", "The {country} almanac", "A quiz about {country}", "What do you know about {country}?",
@@ -593,8 +579,7 @@ GEOGRAPHY_COLUMNS = (
     ("town", "mayor", "month", "festival"),
 )
 _GEOGRAPHY_HEADERS = Table([": " + ", ".join(columns) + "\n" for columns in GEOGRAPHY_COLUMNS])
-_FACT_OF_SENTENCE = [i for i, group in enumerate(TOWN_SENTENCES) for _ in group]
-_RIVER_SENTENCES = [i for i, fact in enumerate(_FACT_OF_SENTENCE) if fact == 0]
+_SAME_FACT = siblings(TOWN_SENTENCES)
 _MORE_SENTENCES = Table(["", ""], [4, 1])
 _END = Table(["\n", ""], [5, 1])
 _OPENING_FORMS = Table([""] * len(TOWN_OPENINGS))
@@ -609,11 +594,10 @@ def write_geography(chooser, world: World) -> None:
 
 def _write_town(chooser, world: World, index: int, told=()) -> None:
     """Write four to eight sentences about a town, none of them among `told`."""
-    table, used = world.town_table(index), list(told)
+    used = list(told)
     for n_told in range(1, 9):
         chooser.say(" ")
-        sentence = chooser.pick_new(table, used)
-        used += [i for i, fact in enumerate(_FACT_OF_SENTENCE) if fact == _FACT_OF_SENTENCE[sentence]]
+        used += _SAME_FACT[chooser.pick_new(world.town_sentences(index), used)]
         if n_told >= 4 and (n_told == 8 or chooser.pick(_MORE_SENTENCES) == 1):
             break
 
@@ -629,13 +613,12 @@ def _write_guide(chooser, world: World) -> None:
 
 def _write_journey(chooser, world: World) -> None:
     chooser.say(". We start in ")
-    index = chooser.pick(world.mentions)
+    index = chooser.pick(world.town_names)
     chooser.say(".")
     for _ in range(3):
-        town = world.towns[index]
-        chooser.say(f"\n{town['town']} lies in {town['province']} on the river {town['river']}.")
-        _write_town(chooser, world, index, _RIVER_SENTENCES)
-        index = town["next_index"]
+        chooser.say("\n{town} lies in {province} on the river {river}.".format(**world.towns[index]))
+        _write_town(chooser, world, index, told=_SAME_FACT[0])
+        index = world.towns[index]["next_index"]
 
 
 def _write_table(chooser, world: World) -> None:
@@ -662,6 +645,11 @@ def _write_lines(chooser, at_least: int, at_most: int, line) -> None:
 
 # Dictionary. ----------------------------------------------------------------------------------------------------------
 
+LANGUAGE_SOUNDS = (
+    _split("b ch d f g h j k l m n p r s sh t th v y z"), "aeiou", _split("k l m n r s sh - - - - - - - - - - -"),
+)  # fmt: skip
+WORD_CLASSES = _split("water fire stone bird wind root salt moon")
+FORM_NAMES = {"n": "plural", "adj": "more", "v": "past"}
 DICTIONARY_TITLES = (
     "English - {language}", "{language} - English", "A {language} dictionary", "{language} grammar",
     "{language} phrases", "Translate into {language}",
@@ -714,8 +702,10 @@ def _write_noun_phrase(chooser, world: World) -> str:
     chooser.say("the ")
     adjective = ""
     if chooser.pick(_WITH_ADJECTIVE) == 1:
-        adjective = " " + world.phrase_adjectives[chooser.pick(world.adjective_table)][0]["foreign"]
-    return world.phrase_nouns[chooser.pick(world.noun_table)][0]["foreign"] + adjective
+        table, foreign = world.adjectives
+        adjective = " " + foreign[chooser.pick(table)]
+    table, foreign = world.nouns
+    return foreign[chooser.pick(table)] + adjective
 
 
 # Arithmetic. ----------------------------------------------------------------------------------------------------------
@@ -797,7 +787,7 @@ def _write_division(chooser, world):
 
 
 def _write_word_problem(chooser, world):
-    name = world.characters[chooser.pick(world.name_table)]["h"]
+    name = world.characters[chooser.pick(world.names)]["h"]
     chooser.pick(_WORD_PROBLEMS)
     n = _number(chooser, 10, 99)
     chooser.say(" ")
@@ -825,7 +815,8 @@ _TASK_WRITERS = (
 
 # Code. ----------------------------------------------------------------------------------------------------------------
 
-# A function of the library: parameters, body, what it computes, and which arguments its calls have ("n", "nn", "l", "s").
+# A function of the library: its parameters, its body, what it computes, and the kind of its arguments: "n" and "nn" one
+# or two numbers, "l" a list, "s" a word.
 
 
 def _linear(world):
@@ -842,12 +833,8 @@ def _two_arguments(world):
 
 
 def _branch(world):
-    limit, a, b, x = (
-        3 + world._below(15),
-        1 + world._below(30),
-        2 + world._below(8),
-        world._one_of(_split("x n size level")),
-    )
+    limit, a, b = 3 + world._below(15), 1 + world._below(30), 2 + world._below(8)
+    x = world._one_of(_split("x n size level"))
     body = f"if {x} > {limit}:\n    return {x} - {a}\nreturn {b} * {x}"
     return x, body, lambda n: n - a if n > limit else b * n, "n"
 
@@ -886,6 +873,7 @@ def _string(world):
     return s, f'return "{text} " + {s}[::-1]', lambda w: text + " " + w[::-1], "s"
 
 
+FUNCTION_VERBS = _split("scale shift fold mix count pack trim join rank weigh score blend stack slice level pair")
 FUNCTION_FAMILIES = (
     _linear, _two_arguments, _branch, _loop, _remainder, _map_list, _filter_list, _sum_list, _string,
 )  # fmt: skip
@@ -945,15 +933,18 @@ def _write_call(chooser, function) -> None:
 # Documents. -----------------------------------------------------------------------------------------------------------
 
 
+_WRITERS = (write_story, write_arithmetic, write_code, write_geography, write_dictionary)
+
+
 def _write_document(chooser, world: World) -> str:
     """Write one document; returns its domain."""
     domain = chooser.pick(world.domains)
-    world.writers[domain](chooser, world)
+    _WRITERS[domain](chooser, world)
     return DOMAINS[domain]
 
 
 def derivations(text: str, world: World) -> list[tuple[str, float]]:
-    """Every way in which the generator can write `text`: a list of (domain, surprisal in nats); exactly one if it is genuine."""
+    """Every way to generate `text`, as pairs (domain, surprisal in nats): exactly one for a genuine text, else none."""
     found, scripts = [], [[]]
     while scripts:
         reader = _Reader(text, scripts.pop())
@@ -1014,17 +1005,18 @@ def generate(documents: int, seed: int = 0, world: "World | WorldConfig | None" 
         world = World(world)
     choose_text = random.Random(f"documents {seed}").random
     choose_metadata = random.Random(f"metadata {seed}").random
-    seen, written, repeats = set(), 0, 0
+    seen, written, repeats = set(), 0, 0  # 16 bytes a document, so that a large corpus needs little memory
     while written < documents:
         writer = Writer(choose_text)
         domain = _write_document(writer, world)
         text = writer.text
-        if text in seen:
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if digest in seen:
             repeats += 1
             if repeats > 100 + 10 * documents:
                 raise ValueError(f"{world.config} has fewer than {documents} different documents; ask for fewer")
             continue
-        seen.add(text)
+        seen.add(digest)
         written += 1
         metadata = Writer(choose_metadata)
         audience, form, seed_data = (table.texts[metadata.pick(table)] for table in _METADATA_TABLES[domain])
