@@ -13,6 +13,7 @@ anything is changed: a file that does not fit raises one sentence and leaves mod
 import json
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -176,9 +177,8 @@ def _read(path) -> tuple[dict, dict]:
 
 
 def _model_header(model) -> dict:
-    import safetensors
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__}
+    versions = {"python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "safetensors", "accelerate", "transformers", "numpy")}
     return {"format": FORMAT, "model_config": model.config.to_dict(), "versions": versions}
 
 

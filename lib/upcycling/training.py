@@ -127,7 +127,7 @@ class _Run:
         self.tokens_per_update = (
             accelerator.num_processes * config.accumulation * config.batch_size * model.config.seq_len
         )
-        self.step, self.history = 0, []
+        self.step, self.tokens, self.history = 0, 0, []
         self.seconds = self.cpu_seconds = 0.0
         self.last_loss, self.val_loss, self.best_loss, self.saved_step = None, None, None, None
         self._new_row()
@@ -182,12 +182,15 @@ class _Run:
         stats = dict(zip(("loss", "objective", "aux_loss"), means)) | {"grad_norm": norm.item()}
         stats["learning_rate"] = self.scheduler.get_last_lr()[0]
         self._stop_unless_finite(stats)
+        if not math.isfinite(stats["grad_norm"]):
+            stats["grad_norm"] = None  # fp16 overflowed: the scaler skips this update
         self.stepper.step()
         self.scheduler.step()
         self.stepper.zero_grad()
         self.step += 1
         self.last_loss = stats["loss"]
         self.row_updates += 1
+        self.tokens += self.tokens_per_update
         self.row_tokens += self.tokens_per_update
         for name in self.row_sums:
             self.row_sums[name] += stats[name]
@@ -215,9 +218,8 @@ class _Run:
         elif self.last_loss is None:
             remedy = "nothing has been learned yet, so the given weights are the cause: check how they were made"
         else:
-            remedy = "lower the learning rate or raise warmup_steps" + (
-                "" if config.grad_clip else ", or set grad_clip=1"
-            )
+            remedy = "lower the learning rate or raise warmup_steps"
+            remedy += "" if config.grad_clip else ", or set grad_clip=1"
         last = "none" if self.last_loss is None else f"{self.last_loss:.4g}"
         kept = "no checkpoint was written" if self.directory is not None else "there is no directory, so no checkpoint"
         if self.saved_step is not None:
@@ -233,12 +235,12 @@ class _Run:
         seconds = self.seconds - self.row_seconds
         row = {
             "step": self.step,
-            "tokens": self.step * self.tokens_per_update,
+            "tokens": self.tokens,
             "loss": means["loss"],
             "objective": means["objective"],
             "val_loss": None,
             "aux_loss": means["aux_loss"] if self.model.config.moe else None,
-            "grad_norm": stats.get("grad_norm"),  # not finite: an fp16 update that was skipped
+            "grad_norm": stats.get("grad_norm"),
             "learning_rate": stats.get("learning_rate"),
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -329,9 +331,7 @@ class _Run:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise OSError(
-                f"could not write {path} ({error}): free disk space; the last checkpoint is intact"
-            ) from error
+            raise OSError(f"could not write {path} ({error}): free disk space; the checkpoint is intact") from error
 
     def _setup(self) -> dict:
         """What a run that goes on from our checkpoint must share with us."""
@@ -348,24 +348,19 @@ class _Run:
 
 # Where a run stands, in the checkpoint's header.
 _STANDING = (
-    "step", "seconds", "cpu_seconds", "last_loss", "val_loss", "best_loss",
+    "step", "tokens", "seconds", "cpu_seconds", "last_loss", "val_loss", "best_loss",
     "row_sums", "row_updates", "row_tokens", "row_seconds",
 )  # fmt: skip
 
 
 def _check(model, train_stream, validation_stream, config, directory) -> None:
-    vocabulary, seq_len = model.config.vocab_size, model.config.seq_len
+    vocabulary = model.config.vocab_size
     for name, stream in (("training", train_stream), ("validation", validation_stream)):
         if stream.vocab_size > vocabulary:
             raise ValueError(
                 f"the {name} stream has token ids up to {stream.vocab_size - 1} but the model's vocabulary is "
                 f"{vocabulary}; build the model with vocab_size={stream.vocab_size}"
             )
-    if len(train_stream) <= seq_len:
-        raise ValueError(
-            f"the training stream has {len(train_stream)} tokens, fewer than one window of {seq_len + 1}: "
-            "give more text or choose a smaller seq_len"
-        )
     highest = {"cosine": config.steps, "onecycle": max(config.steps - 2, 0)}.get(config.schedule, math.inf)
     if config.warmup_steps > highest:
         raise ValueError(
