@@ -168,6 +168,7 @@ def kill_and_resume(root: Path, optimizer: str):
     assert_same(expected, state_of(directory), "again and again")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, optimizer):

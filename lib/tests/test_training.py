@@ -381,6 +381,7 @@ def two_processes(directory: Path):
     print(f"process {os.environ['RANK']}: final loss {result.final_loss!r}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun is not tested on Windows")
 def test_two_processes_equal_one_with_accumulation(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(LIBRARY), "CUDA_VISIBLE_DEVICES": ""}

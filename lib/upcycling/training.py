@@ -174,9 +174,9 @@ class _Run:
                 out = self.wrapped(tokens_BT[mine].to(device), targets_BT[mine].to(device))
                 objective = self.model.objective(out)
                 accelerator.backward(objective)  # divides by the number of micro-batches
-            aux_losses_L = out.aux_losses_L.detach()
-            aux = aux_losses_L.mean() if len(aux_losses_L) else torch.zeros_like(out.loss)
-            sums += torch.stack([out.loss.detach(), objective.detach(), aux]).float()
+            with torch.no_grad():
+                aux = out.aux_losses_L.mean() if out.routings else torch.zeros_like(out.loss)
+                sums += torch.stack([out.loss, objective, aux]).float()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         means = accelerator.reduce(sums / config.accumulation, reduction="mean").tolist()
         stats = dict(zip(("loss", "objective", "aux_loss"), means)) | {"grad_norm": norm.item()}
@@ -380,9 +380,8 @@ def _accelerator(config, directory):
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
-    cpu = (
-        not torch.accelerator.is_available()
-    )  # has to be said, or processes started by torchrun would not find together
+    # Accelerate has to be told, or processes that torchrun starts on a CPU would not find together.
+    cpu = not torch.accelerator.is_available()
     if config.precision == "fp16" and PartialState(cpu=cpu).device.type == "cpu":
         raise ValueError("precision='fp16' needs a GPU; on a CPU choose 'fp32' (or 'bf16' if it has it in hardware)")
     AcceleratorState._reset_state()  # else a second train() in the same process could not choose another precision
