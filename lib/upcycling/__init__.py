@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 _HOME = {
-    "config": ["ModelConfig", "MoEConfig", "TrainConfig", "REFERENCE", "count_parameters", "forward_flops"],
+    "config": ["ModelConfig", "MoEConfig", "TrainConfig", "PRESETS", "REFERENCE", "count_parameters", "forward_flops"],
     "corpus": ["load_corpus", "entropy_floor"],
     "tokens": ["train_tokenizer", "load_tokenizer", "save_tokenizer", "TokenStream", "padded_batch"],
     "moe": ["MoELayer", "Routing", "route", "aux_loss", "z_loss", "expert_load"],
@@ -19,6 +19,7 @@ _HOME = {
     "training": ["train", "evaluate"],
     "generation": ["generate"],
     "environment": ["check_environment"],
+    "series": ["load_series"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

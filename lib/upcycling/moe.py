@@ -161,8 +161,9 @@ def experts_sorted(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
     counts_E = torch.bincount(expert_ids_R, minlength=num_experts)
     x_RD = x_ND.index_select(0, order_R // k)
     y_RD = experts(x_RD, expert_ids_R, counts_E)
-    y_NKD = y_RD.index_select(0, order_R.argsort()).view(n, k, -1)
-    return torch.bmm(routing.weights_NK.to(y_NKD.dtype).unsqueeze(1), y_NKD).squeeze(1)
+    row_of_NK = order_R.argsort().view(n, k)
+    # embedding_bag looks up each token's K rows and adds them with their weights in one pass
+    return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=routing.weights_NK.to(y_RD.dtype))
 
 
 class MoELayer(nn.Module):

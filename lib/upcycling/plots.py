@@ -1,0 +1,108 @@
+"""Figures of the series, each a function of data that returns a matplotlib figure.
+
+The palette is Okabe and Ito's, made for colour-blind readers; lines differ in dash as well as colour, so that they can
+be told apart in print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+
+
+def plot_losses(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    floor: float | None = None,
+    boundary: float | None = None,
+    title: str = "",
+    x_label: str = "optimizer updates",
+    y_label: str = "validation loss (nats per token)",
+    log_y: bool = False,
+):
+    """Loss curves by name, each a list of (x, loss); the entropy floor and the dense -> MoE boundary as lines."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for i, (name, points) in enumerate(curves.items()):
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i % len(DASHES)], label=name, linewidth=1.8)
+    if floor is not None:
+        axes.axhline(floor, color="0.35", linewidth=1, linestyle=":")
+        axes.annotate(
+            f"entropy floor {floor:.2f}", (1, floor), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+            textcoords="offset points", ha="right", va="bottom", fontsize=9, color="0.25",
+        )  # fmt: skip
+    if boundary is not None:
+        axes.axvline(boundary, color="0.6", linewidth=1)
+        axes.annotate(
+            "upcycled here", (boundary, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
+            textcoords="offset points", va="top", fontsize=9, color="0.25",
+        )  # fmt: skip
+    if log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def history_curve(history: Sequence[dict], start: int = 0, value: str = "val_loss") -> list[tuple[int, float]]:
+    """(update, value) for the rows of a training history that have one; `start` shifts a second phase to the right."""
+    return [(start + row["step"], row[value]) for row in history if row.get(value) is not None]
+
+
+def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = ""):
+    """Final validation loss of each arm at each equal budget: a dot per seed, a bar at the mean.
+
+    `rows` have arm, budget, seed and val_loss, as `upcycling.compare` writes them.
+    """
+    import matplotlib.pyplot as plt
+
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    figure, panels = plt.subplots(1, len(budgets), figsize=(8.4, 3.6), sharey=True, layout="constrained", squeeze=False)
+    for axes, budget in zip(panels[0], budgets, strict=True):
+        for i, arm in enumerate(arms):
+            losses = [row["val_loss"] for row in rows if (row["arm"], row["budget"]) == (arm, budget)]
+            if losses:
+                axes.scatter(
+                    [i] * len(losses), losses, marker="os^Dv"[i % 5], s=28, color=COLOURS[i], alpha=0.75, zorder=3
+                )
+                axes.hlines(sum(losses) / len(losses), i - 0.3, i + 0.3, color=COLOURS[i], linewidth=2)
+        axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms], fontsize=9)
+        axes.set(title=f"equal {budget}", xlim=(-0.6, len(arms) - 0.4))
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("validation loss (nats per token)")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def plot_load(loads_by_layer: Mapping[str, Sequence[float]], *, title: str = ""):
+    """Share of the routed rows that each expert received, one row of bars for each name; the dashed line is even."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1,
+        len(loads_by_layer),
+        figsize=(2.6 * len(loads_by_layer) + 0.8, 2.6),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, load_E) in zip(panels[0], loads_by_layer.items(), strict=True):
+        load_E = [float(value) for value in load_E]
+        axes.bar(range(len(load_E)), load_E, color=COLOURS[0])
+        axes.axhline(1 / len(load_E), color=COLOURS[1], linestyle="--", linewidth=1.2)
+        axes.set(title=name, xlabel="expert", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("share of routed rows")
+    if title:
+        figure.suptitle(title)
+    return figure

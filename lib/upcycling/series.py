@@ -1,0 +1,195 @@
+"""The steps that the notebooks share: corpus -> tokenizer -> streams -> trained parent -> upcycled MoE.
+
+Each step is made once, kept under `artifacts/` (or UPCYCLING_ARTIFACTS) in a folder named by a hash of all that went
+into it, and loaded after that. Making and loading leave the caller's random numbers alike.
+UPCYCLING_PRESET picks the sizes (quick, laptop, gpu), UPCYCLING_CORPUS another corpus (a name or a path).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from .config import PRESETS, ModelConfig, Preset, TrainConfig
+from .model import DecoderLM
+from .training import TrainResult, train
+from .transfer import upcycle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def artifacts_dir() -> Path:
+    """Where made things are kept: UPCYCLING_ARTIFACTS, or `artifacts/` in the repository."""
+    return Path(os.environ.get("UPCYCLING_ARTIFACTS") or ROOT / "artifacts").expanduser().resolve()
+
+
+def key_of(*parts) -> str:
+    """Ten hexadecimal digits that stand for `parts` (anything JSON can write)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def new_model(config: ModelConfig, seed: int) -> DecoderLM:
+    """A freshly initialised model drawn from `seed`; torch's global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DecoderLM(config)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One preset on one corpus, with everything that is made from it."""
+
+    preset: Preset
+    corpus_name: str
+
+    @property
+    def name(self) -> str:
+        return (
+            Path(self.corpus_name).stem if os.sep in self.corpus_name or "/" in self.corpus_name else self.corpus_name
+        )
+
+    @cached_property
+    def corpus(self):
+        """The corpus as a DatasetDict with "train" and "validation"."""
+        from .corpus import load_corpus
+
+        documents = self.preset.documents if self.corpus_name == self.preset.corpus else None
+        return load_corpus(
+            _resolve(self.corpus_name),
+            documents=documents,
+            validation_fraction=0.02,
+            cache_dir=artifacts_dir() / "corpus",
+        )
+
+    @cached_property
+    def tokenizer(self):
+        """The preset's tokenizer: GPT-2's, or a BPE trained on the training split."""
+        from .tokens import load_tokenizer, save_tokenizer, train_tokenizer
+
+        if self.preset.tokenizer != "train":
+            return load_tokenizer(os.environ.get("UPCYCLING_TOKENIZER", self.preset.tokenizer))
+        training_rows = self.corpus["train"]
+        folder = artifacts_dir() / f"tokenizer-{key_of(self.preset.model.vocab_size, _fingerprint(training_rows))}"
+        with _only_one(folder):
+            if not (folder / "tokenizer.json").exists():
+                texts = (row["text"] for row in training_rows)
+                save_tokenizer(train_tokenizer(texts, self.preset.model.vocab_size), folder)
+        return load_tokenizer(folder)
+
+    @cached_property
+    def train_stream(self):
+        return self._stream("train")
+
+    @cached_property
+    def validation_stream(self):
+        return self._stream("validation")
+
+    def _stream(self, split: str):
+        from .tokens import TokenStream
+
+        return TokenStream.build(self.corpus[split], self.tokenizer, artifacts_dir() / "streams")
+
+    @cached_property
+    def floor(self):
+        """The validation split's entropy floor (nats per token, overall and per domain), or None if it is not known."""
+        from .corpus import entropy_floor, has_floor
+
+        rows = self.corpus["validation"]
+        return entropy_floor(rows, self.validation_stream.document_lengths) if has_floor(rows) else None
+
+    def domain_streams(self) -> dict:
+        """A validation stream for each domain, for losses per domain; empty where the corpus has no domains."""
+        from .tokens import TokenStream
+
+        rows = self.corpus["validation"]
+        if "domain" not in rows.column_names:
+            return {}
+        names = sorted(set(rows["domain"]))
+        by_domain = {name: [i for i, domain in enumerate(rows["domain"]) if domain == name] for name in names}
+        folder = artifacts_dir() / "streams"
+        return {
+            name: TokenStream.build(rows.select(indices), self.tokenizer, folder, progress=False)
+            for name, indices in by_domain.items()
+        }
+
+    def trained(self, model: DecoderLM, config: TrainConfig, label: str, **options) -> TrainResult:
+        """Train `model` in place with `config`, or load the result where the same run was made before."""
+        start = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            start.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        key = key_of(
+            model.config.to_dict(), asdict(config), self.train_stream.key, self.validation_stream.key, start.hexdigest()
+        )
+        folder = artifacts_dir() / "runs" / f"{label}-{key}"
+        with _only_one(folder):
+            return train(model, self.train_stream, self.validation_stream, config, directory=folder, **options)
+
+    def dense_parent(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
+        """The dense model of notebook 02, trained on the preset's first budget."""
+        model = new_model(self.preset.model, seed)
+        return model, self.trained(model, replace(self.preset.dense, seed=seed), "dense-parent", **options)
+
+    def dense_control(self, seed: int = 0, steps: int | None = None, **options) -> tuple[DecoderLM, TrainResult]:
+        """The parent trained on, still dense, for the MoE's budget (or `steps` updates): what an MoE must beat."""
+        model, _ = self.dense_parent(seed, verbose=False)
+        return model, self.trained(model, self._second_phase(seed, steps), "dense-control", **options)
+
+    def moe(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
+        """The parent upcycled and trained on for the preset's second budget."""
+        dense, _ = self.dense_parent(seed, verbose=False)
+        model = upcycle(dense, self.preset.moe, seed=seed)
+        return model, self.trained(model, self._second_phase(seed), "moe", **options)
+
+    def moe_from_scratch(self, steps: int, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
+        """An MoE of the same shape that never had a parent, trained for `steps` updates in one phase."""
+        model = new_model(replace(self.preset.model, moe=self.preset.moe), seed)
+        return model, self.trained(model, replace(self.preset.dense, seed=seed, steps=steps), "moe-scratch", **options)
+
+    def _second_phase(self, seed: int, steps: int | None = None) -> TrainConfig:
+        # another data seed than the parent's, or the second phase would start with the windows of the first
+        return replace(self.preset.sparse, seed=seed + 1000, steps=steps or self.preset.sparse.steps)
+
+
+def load_series(preset: str | None = None, corpus: str | None = None) -> Series:
+    """The series for a preset and corpus; both default to the environment's, then to `quick` on the embedded corpus.
+
+    Raises ValueError for a preset that does not exist.
+    """
+    name = preset or os.environ.get("UPCYCLING_PRESET") or "quick"
+    if name not in PRESETS:
+        raise ValueError(f"UPCYCLING_PRESET={name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return Series(PRESETS[name], corpus or os.environ.get("UPCYCLING_CORPUS") or PRESETS[name].corpus)
+
+
+def _resolve(corpus_name: str) -> str:
+    """A relative path means relative to where the command was typed, or to the repository (notebooks run elsewhere)."""
+    for base in (Path.cwd(), ROOT):
+        if (base / corpus_name).exists():
+            return str((base / corpus_name).resolve())
+    return corpus_name
+
+
+def _fingerprint(rows) -> str:
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["text"]).iter(batch_size=1000):
+        for text in batch["text"]:
+            digest.update(len(text).to_bytes(8, "little") + text.encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let one process at a time make what lies in `folder`; the others wait and then load it."""
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        yield
