@@ -82,6 +82,17 @@ def test_dead_kernel_is_a_result(folder, capsys, tmp_path):
     assert "cell 1: the kernel died" in capsys.readouterr().out
 
 
+def test_a_stray_kernel_is_not_used(folder, tmp_path, monkeypatch):
+    """A `python3` that the user installed elsewhere would run the notebooks without this project's packages."""
+    kernel = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(
+        '{"argv": ["no-such-python", "{connection_file}"], "display_name": "stray", "language": "python"}'
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    assert run_notebooks.main(["--out", str(tmp_path / "out"), "02"]) == 0
+
+
 def test_one_thread_and_settings_reach_the_kernel(folder, tmp_path, monkeypatch):
     corpus = tmp_path / "mine.txt"
     corpus.write_text("text")
