@@ -90,7 +90,7 @@ def run_steps(only: str | None, scratch: Path) -> list[Step]:
     """The finished steps. scratch: an empty folder."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    for name in ("UPCYCLING_PRESET", "UPCYCLING_CORPUS"):
+    for name in ("UPCYCLING_PRESET", "UPCYCLING_CORPUS", "UPCYCLING_TOKENIZER"):
         if environment.pop(name, None):
             print(f"{name} is ignored: the tests compare what the default settings give")
     steps, library = [], None

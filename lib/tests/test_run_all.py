@@ -55,7 +55,8 @@ def started(monkeypatch):
 
 
 def test_notebooks_run_cold_and_warm_and_defaults_only(started, monkeypatch, capfd):
-    for name in ("UPCYCLING_PRESET", "UPCYCLING_CORPUS", "PYTHONDONTWRITEBYTECODE"):
+    settings = {"UPCYCLING_PRESET", "UPCYCLING_CORPUS", "UPCYCLING_TOKENIZER"}
+    for name in (*settings, "PYTHONDONTWRITEBYTECODE"):
         monkeypatch.setenv(name, "x")
     assert run_all.main() == 0
     steps = {name: environment for name, _, environment in started[0]}
@@ -64,7 +65,7 @@ def test_notebooks_run_cold_and_warm_and_defaults_only(started, monkeypatch, cap
     cold, warm = (steps[f"notebooks, {cache} cache"]["UPCYCLING_ARTIFACTS"] for cache in ("empty", "warm"))
     assert cold == warm != steps["library"]["UPCYCLING_ARTIFACTS"]
     for environment in steps.values():
-        assert environment["OMP_NUM_THREADS"] and not {"UPCYCLING_PRESET", "UPCYCLING_CORPUS"} & set(environment)
+        assert environment["OMP_NUM_THREADS"] and not settings & set(environment)
         assert "PYTHONDONTWRITEBYTECODE" not in environment
     assert steps["library"]["UPCYCLING_ARTIFACTS"] in capfd.readouterr().out  # its output is shown at the end
     commands = [command for name, command, _ in started[0] if name.startswith("notebooks")]

@@ -15,7 +15,7 @@ markdown, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
 def folder(tmp_path, monkeypatch):
     """notebooks/ of an otherwise empty project: one that works, one that fails, and one after it."""
     monkeypatch.setattr(run_notebooks, "ROOT", tmp_path)
-    for name in ("UPCYCLING_PRESET", "UPCYCLING_CORPUS"):
+    for name in run_notebooks.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     result = tmp_path / "notebooks"
     result.mkdir()
@@ -109,6 +109,7 @@ def test_one_thread_and_settings_reach_the_kernel(folder, tmp_path, monkeypatch)
     "settings, arguments, sentence",
     [
         ({"UPCYCLING_CORPUS": "nowhere/x.txt"}, [], "UPCYCLING_CORPUS=nowhere/x.txt: no such file or folder"),
+        ({"UPCYCLING_TOKENIZER": "tokenizer.json"}, [], "UPCYCLING_TOKENIZER=tokenizer.json: no such file or folder"),
         ({"UPCYCLING_PRESET": "laptop"}, ["--save"], "unset UPCYCLING_PRESET"),
         ({}, ["07"], "no notebook named '07'; there are 00_works, 01_fails, 02_after"),
     ],

@@ -3,8 +3,8 @@
     python -m upcycling.run_notebooks [--out DIR] [NOTEBOOK...]    executed copies and HTML pages, into artifacts/run/
     python -m upcycling.run_notebooks --save [NOTEBOOK...]         saves the outputs into the notebooks themselves
 
-A notebook that fails does not stop the others; the exit status is then 1. UPCYCLING_PRESET and UPCYCLING_CORPUS reach
-the notebooks; outputs are saved only without them, since readers and tests see the defaults.
+A notebook that fails does not stop the others; the exit status is then 1. UPCYCLING_PRESET, UPCYCLING_CORPUS and
+UPCYCLING_TOKENIZER reach the notebooks; outputs are saved only without them: readers and tests see the defaults.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+SETTINGS = ("UPCYCLING_PRESET", "UPCYCLING_CORPUS", "UPCYCLING_TOKENIZER")
 SECONDS_BETWEEN_LINES = 20.0  # of progress, where there is no terminal to overwrite one
 
 
@@ -233,12 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    settings = {name: os.environ[name] for name in ("UPCYCLING_PRESET", "UPCYCLING_CORPUS") if os.environ.get(name)}
-    corpus = settings.get("UPCYCLING_CORPUS", "")
-    if Path(corpus).suffix or "/" in corpus or os.sep in corpus:  # a file or folder, not the name of a corpus
-        if not Path(corpus).exists():
-            parser.error(f"UPCYCLING_CORPUS={corpus}: no such file or folder")
-        os.environ["UPCYCLING_CORPUS"] = str(Path(corpus).resolve())  # the kernels run in another folder
+    settings = {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+    for name in SETTINGS[1:]:
+        value = settings.get(name, "")
+        if Path(value).suffix or "/" in value or os.sep in value:  # a file or folder, not the name of something known
+            if not Path(value).exists():
+                parser.error(f"{name}={value}: no such file or folder")
+            os.environ[name] = str(Path(value).resolve())  # the kernels run in another folder
     if options.save and settings:
         parser.error(f"outputs are saved with the default settings only: unset {', '.join(settings)}")
     try:
