@@ -106,6 +106,7 @@ class ModelConfig:
             d_model=self.d_model,
             n_layers=self.n_layers,
             n_heads=self.n_heads,
+            n_kv_heads=self.kv_heads,
             d_ff=self.d_ff,
             seq_len=self.seq_len,
         )
