@@ -371,7 +371,7 @@ def _preset(
     )
 
 
-_32_TOP_2 = MoEConfig(num_experts=32, top_k=2)
+_16_TOP_2 = MoEConfig(num_experts=16, top_k=2)
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -380,14 +380,14 @@ PRESETS: dict[str, Preset] = {
         _preset(
             "quick",
             "worlds",
-            12_000,
+            8_000,
             "train",
-            ModelConfig.simple(vocab_size=2048, d_model=128, n_layers=3, n_heads=4, d_ff=64, seq_len=128),
-            _32_TOP_2,
-            batch_size=16,
-            dense_steps=700,
-            sparse_steps=700,
-            learning_rate=4e-3,
+            ModelConfig.smol(vocab_size=2048, d_model=128, n_layers=3, n_heads=4, d_ff=64, seq_len=128),
+            _16_TOP_2,
+            batch_size=8,
+            dense_steps=800,
+            sparse_steps=1000,
+            learning_rate=3e-3,
             eval_every=100,
         ),
         # About an hour on a laptop's CPU.
@@ -396,8 +396,8 @@ PRESETS: dict[str, Preset] = {
             "worlds",
             50_000,
             "train",
-            ModelConfig.simple(vocab_size=2048, d_model=256, n_layers=4, n_heads=4, d_ff=128, seq_len=128),
-            _32_TOP_2,
+            ModelConfig.smol(vocab_size=2048, d_model=256, n_layers=4, n_heads=4, d_ff=128, seq_len=128),
+            _16_TOP_2,
             batch_size=16,
             dense_steps=4000,
             sparse_steps=4000,
