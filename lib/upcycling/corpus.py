@@ -164,13 +164,15 @@ def _load_files(files: list[Path], cache_dir):
         if kind == "text":
             # The time of the last change is an argument so that an edited file is not taken from the cache.
             versions = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+            if next(_text_documents(versions), None) is None:
+                raise ValueError("nothing but white space")
             dataset = Dataset.from_generator(_text_documents, gen_kwargs={"versions": versions}, **options)
         else:
             dataset = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except (DatasetGenerationError, ValueError) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0][:200]
-        raise ValueError(f"could not read {names} as {kind} ({reason}); check that it is valid") from error
+        raise ValueError(f"found no documents in {names}, read as {kind} ({reason}); check the file") from error
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"{names} has no column 'text', only {columns}; rename the one that holds the documents")

@@ -51,9 +51,9 @@ and beside it lay [something {color}|something under {a pl=plant}].¶
 said {h}. "Thank you!"
 |It was the {toy}! The {x} had found it near the {p3=place!p} and gave it back {ad=adverb}.]
 [{h} gave the {x} {a food} to say thank you|To thank the {x}, {h} and {f} shared their {s y=food} with it
-|{h} was so {v=glad} that {he} danced with the {x}]. [After that, {he} always put the {toy} [back in its place|in a
-{m1=material} box]|The {toy} was only a
-bit [dusty|wet|scratched]].
+|{h} was so {v=glad} that {he} danced with the {x}].
+[After that, {he} always put the {toy} [back in its place|in {a m1=material} box]|
+The {toy} was only a bit [dusty|wet|scratched]].
 """
 
 HURT = """
@@ -96,7 +96,7 @@ the {t} and shared it with {h}].
 """
 
 BIRTHDAY = """
-It was {f}'s birthday. {h} wanted to [bake|make] a {k=food} cake for {f.him}. {He} needed [some eggs|some flour|some
+It was {f}'s birthday. {h} wanted to [bake|make] {a k=food} cake for {f.him}. {He} needed [some eggs|some flour|some
 milk|some honey],
 {a y=food} and [two|three|four|five|six|seven] {s z=food!y}.
 [{He} went to the market and bought them from {a j=job}|{m} gave {him} all of it in {a q=quality} basket|{He} found it

@@ -29,7 +29,13 @@ backpack,
 hammock, cushion, carpet, curtain, quilt, trophy, yo-yo, spinning top, jigsaw, tambourine, harp, horn, piano,
 accordion, banjo,
 fiddle, cymbal, rattle, teddy bear, toy car, toy boat, music box, snow globe, paper crane, wooden horse, rag doll,
-jump rope
+jump rope,
+monocle, thermos, canteen, lasso, boomerang, ukulele, xylophone, harmonica, saxophone, clarinet, tuba, cello, trombone,
+bagpipe, gong, triangle, maraca, stethoscope, microscope, calculator, typewriter, toaster, blender, kaleidoscope,
+periscope, parachute, snorkel, skateboard, surfboard, snowboard, sleigh, tricycle, pogo stick, seesaw, slingshot,
+pinwheel, windsock, weathervane, birdhouse, wind chime, figurine, scarecrow, chess set, frisbee, hula hoop, racket,
+helmet, vest, bonnet, beret, turban, tiara, poncho, kimono, bathrobe, sandal, sneaker, bookmark, paperclip, stapler,
+sundial, barometer, thermometer
 """)
 # What one may pick up outdoors.
 FINDS = _list("""
@@ -414,7 +420,8 @@ _IRREGULAR_PLURALS = {
     "thief": "thieves", "tooth": "teeth", "foot": "feet", "child": "children", "man": "men", "woman": "women",
     "policeman": "policemen", "fisherman": "fishermen", "postman": "postmen", "cactus": "cacti",
     "potato": "potatoes", "tomato": "tomatoes", "hero": "heroes", "mango": "mangoes", "scarf": "scarves",
-    "dwarf": "dwarves", "goldfish": "goldfish", "jellyfish": "jellyfish", "starfish": "starfish", "reindeer": "reindeer",
+    "dwarf": "dwarves", "goldfish": "goldfish", "jellyfish": "jellyfish",
+    "starfish": "starfish", "reindeer": "reindeer",
     "shrimp": "shrimp", "trout": "trout", "thermos": "thermoses", "mongoose": "mongooses", "jigsaw": "jigsaws",
     "octopus": "octopuses",
 }  # fmt: skip
@@ -434,6 +441,6 @@ def plural(noun: str) -> str:
 def article(phrase: str) -> str:
     """The phrase with "a" or "an" before it, by the first letter's sound."""
     vowel_sound = phrase.startswith(("hour", "honest")) or (
-        phrase[0] in "aeiou" and not phrase.startswith(("uni", "use"))
+        phrase[0] in "aeiou" and not phrase.startswith(("uni", "use", "uku"))
     )
     return ("an " if vowel_sound else "a ") + phrase

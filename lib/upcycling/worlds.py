@@ -53,7 +53,7 @@ class WorldConfig:
 
     def __post_init__(self):
         limits = {
-            "n_towns": (8, 20_000),
+            "n_towns": (24, 20_000),
             "n_words": (100, len(DICTIONARY_WORDS)),
             "n_characters": (8, len(words.GIRLS) + len(words.BOYS)),
             "n_functions": (8, 2_000),
@@ -126,10 +126,16 @@ class Writer:
         return index
 
     def pick_new(self, table: Table, used) -> int:
-        while True:
+        for _ in range(8):
             index = bisect_right(table.cumulative, self._random() * table.total)
             if index not in used:
                 break
+        else:  # most of the weight is used up: choose among the rest directly
+            place = self._random() * (table.total - sum(table.weights[i] for i in used))
+            for index, weight in enumerate(table.weights):
+                place -= 0 if index in used else weight
+                if place < 0:
+                    break
         self.surprisal += _cost_among_unused(table, index, used)
         self._parts.append(table.texts[index])
         return index
@@ -407,10 +413,7 @@ def compile_template(text: str):
     text = re.sub(r"([|\[?])\s*\n\s*", r"\1", text)
     text = re.sub(r" ?¶ ?", "\n", re.sub(r"\s+", " ", text))
     tokens = re.findall(r"\[!\w+ \d+\]|\[\w+\?|\[|\||\]|\{[^{}]+\}|<\w+>|[^\[\]{}|<>]+", text)
-    program, end = _compile(tokens, 0)
-    if end != len(tokens):
-        raise ValueError(f"unbalanced brackets in template {text[:60]!r}")
-    return program
+    return _compile(tokens, 0)[0]
 
 
 def _compile(tokens: list[str], start: int):
