@@ -139,12 +139,12 @@ class Series:
 
     def dense_control(self, seed: int = 0, steps: int | None = None, **options) -> tuple[DecoderLM, TrainResult]:
         """The parent trained on, still dense, for the MoE's budget (or `steps` updates): what an MoE must beat."""
-        model, _ = self.dense_parent(seed, verbose=False)
+        model, _ = self.dense_parent(seed, verbose=False, progress=options.get("progress", True))
         return model, self.trained(model, self._second_phase(seed, steps), "dense-control", **options)
 
     def moe(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
         """The parent upcycled and trained on for the preset's second budget."""
-        dense, _ = self.dense_parent(seed, verbose=False)
+        dense, _ = self.dense_parent(seed, verbose=False, progress=options.get("progress", True))
         model = upcycle(dense, self.preset.moe, seed=seed)
         return model, self.trained(model, self._second_phase(seed), "moe", **options)
 
