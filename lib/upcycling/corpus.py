@@ -176,9 +176,10 @@ def _load_files(files: list[Path], cache_dir):
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"{names} has no column 'text', only {columns}; rename the one that holds the documents")
-    if dataset.features["text"].dtype not in ("string", "large_string"):
-        kind = dataset.features["text"].dtype
-        raise ValueError(f"column 'text' of {names} holds {kind}, not strings; every row needs one text")
+    # Lists and mixed values have a feature class of their own, without a dtype.
+    held = getattr(dataset.features["text"], "dtype", "lists or mixed values")
+    if held not in ("string", "large_string"):
+        raise ValueError(f"column 'text' of {names} holds {held}, not strings; every row needs one text")
     return dataset
 
 
