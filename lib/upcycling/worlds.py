@@ -44,12 +44,12 @@ class WorldConfig:
     """
 
     seed: int = 0
-    n_towns: int = 400
-    n_words: int = 600
-    n_characters: int = 200
-    n_functions: int = 150
+    n_towns: int = 150
+    n_words: int = 300
+    n_characters: int = 100
+    n_functions: int = 50
     fact_zipf: float = 0.0
-    shares: tuple[float, float, float, float, float] = (0.25, 0.1, 0.1, 0.3, 0.25)
+    shares: tuple[float, float, float, float, float] = (0.15, 0.08, 0.12, 0.35, 0.3)
 
     def __post_init__(self):
         limits = {
