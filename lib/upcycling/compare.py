@@ -37,6 +37,7 @@ from .series import Series, load_series, new_model
 from .transfer import upcycle
 
 BUDGETS = ("tokens", "FLOPs", "seconds")
+ARMS = ("dense control", "upcycled MoE", "MoE from scratch")
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,22 @@ def describe(series: Series, model: DecoderLM) -> dict:
     return result
 
 
-def run_seed(preset: str, corpus: str, seed: int, ratios: Ratios, scratch: bool = True) -> list[dict]:
-    """All arms of one seed; a list of rows."""
+def run_arm(preset: str, corpus: str, seed: int, arm: str, ratios: Ratios) -> list[dict]:
+    """One arm of one seed at every budget; a list of rows. Equal numbers of updates are the same run."""
     torch.set_num_threads(1)
     series = load_series(preset, corpus)
     quiet = dict(progress=False, verbose=False)
-    updates = updates_per_budget(series, ratios)
-    runs, rows = {}, []
-    for (arm, budget), steps in updates.items():
-        if arm == "MoE from scratch" and not scratch:
+    rows = []
+    for (name, budget), steps in updates_per_budget(series, ratios).items():
+        if name != arm:
             continue
-        if (arm, steps) not in runs:
-            if arm == "dense control":
-                runs[arm, steps] = series.dense_control(seed, steps, **quiet)
-            elif arm == "upcycled MoE":
-                runs[arm, steps] = series.moe(seed, **quiet)
-            else:
-                runs[arm, steps] = series.moe_from_scratch(steps, seed, **quiet)
-            print(f"seed {seed}  {arm:<17} {steps:>5} updates  {runs[arm, steps][1].final_loss:.4f}", flush=True)
-        model, result = runs[arm, steps]
+        if arm == "dense control":
+            model, result = series.dense_control(seed, steps, **quiet)
+        elif arm == "upcycled MoE":
+            model, result = series.moe(seed, **quiet)
+        else:
+            model, result = series.moe_from_scratch(steps, seed, **quiet)
+        print(f"seed {seed}  {arm:<16}  equal {budget:<7}  {steps:>5} updates  {result.final_loss:.4f}", flush=True)
         history = [(row["step"], row["val_loss"]) for row in result.history if row["val_loss"] is not None]
         rows.append(
             dict(arm=arm, budget=budget, seed=seed, updates=steps, val_loss=result.final_loss, history=history)
@@ -126,9 +124,10 @@ def compare(preset: str, corpus: str, seeds: list[int], workers: int = 1, scratc
     _ = series.train_stream, series.validation_stream, series.domain_streams()  # made once, before the processes start
     ratios = measure_ratios(series)
     print(f"an MoE update costs {ratios.flops:.2f} dense updates in FLOPs, {ratios.seconds:.2f} in seconds", flush=True)
-    jobs = [(preset, corpus, seed, ratios, scratch) for seed in seeds]
+    arms = ARMS if scratch else ARMS[:2]
+    jobs = [(preset, corpus, seed, arm, ratios) for seed in seeds for arm in arms]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(run_seed, *zip(*jobs, strict=True)) for row in part]
+        rows = [row for part in pool.map(run_arm, *zip(*jobs, strict=True)) for row in part]
     floor = series.floor
     return {
         "date": datetime.date.today().isoformat(),
@@ -163,7 +162,7 @@ def summarize(result: dict) -> list[dict]:
     """One row per arm and budget: mean and standard deviation of the validation loss over the seeds."""
     rows = []
     for budget in BUDGETS:
-        for arm in ("dense control", "upcycled MoE", "MoE from scratch"):
+        for arm in ARMS:
             losses = [row["val_loss"] for row in result["rows"] if (row["arm"], row["budget"]) == (arm, budget)]
             if losses:
                 updates = next(r["updates"] for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budget))
