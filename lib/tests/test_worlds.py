@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from upcycling import worlds
 from upcycling.worlds import DOMAINS, Table, World, WorldConfig, Writer, derivations, generate
 
-TEXTS_SHA256 = "da726b3fb853bc631cc20bd88c43634912949429c620a5fa3993e2c1735da1c5"
-SURPRISALS_SHA256 = "b894f452a7171969776668dc8ee437d173568ca5bc37ee04870941cdf9d10589"
+TEXTS_SHA256 = "e889e922a30325b262bfa110332abce3bcc4f40166b7fdcf5cc5ab6d3d1ebcf1"
+SURPRISALS_SHA256 = "1ca9d9759aca1c9a287f13ba52a5a70d5b9094cd5a65c843243536603a7b118f"
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "data" / "worlds_sample.jsonl"

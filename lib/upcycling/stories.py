@@ -164,7 +164,7 @@ So {he} [walked|went] to {m} {ad=adverb} and showed {m.him} the {t}.¶
 [talk?"I broke it," said {h}. "I am sorry." "Thank you for telling me," said {m}. "That was {tr=good} of you."|{m} was
 not angry, because {h} had told the truth.]
 Together they [mended it with glue|made a new one out of {m2=material!m1}|painted the pieces {c=color}], and {h}
-[helped|worked] at the {p=place} for
+[helped|worked] in the {p=place} for
 [two|three|four] days. In the end, {m} gave {him} {a y=food}, and {he} felt {v=glad}.
 """
 

@@ -328,7 +328,7 @@ spaghetti, lasagna, porridge, custard, pudding, oatmeal, popcorn, yogurt, jelly,
 caramel,
 licorice, sherbet, risotto, ravioli, macaroni, goulash, chowder, gravy, stuffing, coleslaw, hummus, guacamole,
 sauerkraut,
-meatloaf, shortbread, applesauce, soup, stew, rice, cheese, bread, toast, jam, honey,
+meatloaf, shortbread, applesauce, lemonade, cocoa, cider, soup, stew, rice, cheese, bread, toast, jam, honey,
 marmalade, cereal
 """)
 EXCLAMATIONS = _list("""
