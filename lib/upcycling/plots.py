@@ -57,7 +57,7 @@ def history_curve(history: Sequence[dict], start: int = 0, value: str = "val_los
 
 
 def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = ""):
-    """Final validation loss of each arm at each equal budget: a dot per seed, a bar at the mean.
+    """Final validation loss of each arm at each equal budget: a dot per seed, a bar at the mean, the entropy floor.
 
     `rows` have arm, budget, seed and val_loss, as `upcycling.compare` writes them.
     """
@@ -74,6 +74,12 @@ def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = "")
                     [i] * len(losses), losses, marker="os^Dv"[i % 5], s=28, color=COLOURS[i], alpha=0.75, zorder=3
                 )
                 axes.hlines(sum(losses) / len(losses), i - 0.3, i + 0.3, color=COLOURS[i], linewidth=2)
+        if floor is not None:
+            axes.axhline(floor, color="0.35", linewidth=1, linestyle=":")
+            axes.annotate(
+                f"entropy floor {floor:.2f}", (1, floor), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                textcoords="offset points", ha="right", va="bottom", fontsize=8, color="0.25",
+            )  # fmt: skip
         axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms], fontsize=9)
         axes.set(title=f"equal {budget}", xlim=(-0.6, len(arms) - 0.4))
         axes.grid(axis="y", alpha=0.25)
