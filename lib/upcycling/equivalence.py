@@ -27,7 +27,7 @@ class EquivalenceReport:
 
     @property
     def max_abs_diff(self) -> float:
-        return max(self.per_sequence)
+        return float(torch.tensor(self.per_sequence).max())  # unlike Python's max, it lets a NaN through
 
     @property
     def passed(self) -> bool:
@@ -46,7 +46,7 @@ class EquivalenceReport:
         return "\n".join(lines + [f"because: {reason}" for reason in self.reasons])
 
     def _repr_html_(self) -> str:
-        rows = [("logits", max(self.per_sequence), "")]
+        rows = [("logits", self.max_abs_diff, "")]
         for i, value in enumerate(self.per_layer):
             low_high = self.weight_sums.get(i)
             rows.append(
@@ -86,10 +86,12 @@ def check_equivalence(dense: DecoderLM, moe: DecoderLM, tokens_BT: Tensor, toler
     largest logit where that exceeds 1. Raises ValueError when the models cannot be compared at all.
     """
     a, b = dense.config, moe.config
-    if (a.n_layers, a.vocab_size, a.d_model) != (b.n_layers, b.vocab_size, b.d_model):
+    if a.moe is not None:
+        raise ValueError(f"the first model has {a.moe.num_experts} experts; give the dense model first, then the MoE")
+    shape_a, shape_b = ((c.n_layers, c.vocab_size, c.d_model, c.d_ff) for c in (a, b))
+    if shape_a != shape_b:
         raise ValueError(
-            f"the models have different shapes (layers, vocabulary, width): "
-            f"{(a.n_layers, a.vocab_size, a.d_model)} and {(b.n_layers, b.vocab_size, b.d_model)}"
+            f"the models have different shapes (layers, vocabulary, width, FFN width): {shape_a} and {shape_b}"
         )
     dtype = moe.token_embedding.weight.dtype
     logits_a, streams_a, _ = _run(dense, tokens_BT)
@@ -115,8 +117,9 @@ def check_equivalence(dense: DecoderLM, moe: DecoderLM, tokens_BT: Tensor, toler
 def _why(dense: DecoderLM, moe: DecoderLM, report: EquivalenceReport) -> list[str]:
     """The differences between the models that can explain different outputs, most likely first."""
     reasons = []
+    rounding = 100 * torch.finfo(torch.promote_types(report.dtype, torch.float32)).eps  # as routing is computed
     for layer, (low, high) in report.weight_sums.items():
-        if max(abs(low - 1), abs(high - 1)) > 100 * torch.finfo(report.dtype).eps:
+        if max(abs(low - 1), abs(high - 1)) > rounding:
             reasons.append(
                 f"layer {layer}: a token's combine weights sum to {low:.3f}..{high:.3f}, so copies give that "
                 "multiple of the dense FFN's output; renormalise the top-k weights (renormalize=True)"
@@ -134,8 +137,10 @@ def _why(dense: DecoderLM, moe: DecoderLM, report: EquivalenceReport) -> list[st
         for name, value in experts.state_dict().items():
             if not torch.equal(value, expected.state_dict()[name]):
                 reasons.append(f"layer {layer}: experts.{name} is not a copy of the dense FFN in every expert")
-    if moe.config.causal != dense.config.causal:
-        reasons.append(f"causal={dense.config.causal} in the dense model, {moe.config.causal} in the other")
+    for name in ("norm", "norm_eps", "position", "rope_theta", "activation", "n_heads", "causal"):  # not in the weights
+        a, b = getattr(dense.config, name), getattr(moe.config, name)
+        if a != b:
+            reasons.append(f"{name}={a!r} in the dense model, {b!r} in the other")
     if not reasons:
         reasons.append(
             f"the weights agree and every weight sum is 1, so this is rounding: a tolerance of {report.tolerance:.1e} "
@@ -188,6 +193,6 @@ def check_causality(model: DecoderLM, tokens_BT: Tensor, cuts: int = 4, seed: in
         shift = torch.randint(1, vocab, tokens_BT[:, cut:].shape, generator=generator).to(tokens_BT.device)
         altered_BT = torch.cat([tokens_BT[:, :cut], (tokens_BT[:, cut:] + shift) % vocab], dim=1)
         diff_T = (_run(model, altered_BT)[0][:, :cut].double() - logits_BTV[:, :cut].double()).abs().amax((0, 2))
-        worst = max(worst, float(diff_T.max()))
+        worst = float(torch.tensor([worst, float(diff_T.max())]).max())  # NaN stays NaN
         leaks += [(int(position), cut) for position in torch.where(~(diff_T <= tolerance))[0]]
     return CausalityReport(worst, tolerance, leaks)
