@@ -2,8 +2,9 @@
 
     python -m upcycling.compare --seeds 0 1 2 3 4 --out notebooks/results/arms.json
 
-For each seed: a parent of its own; from it a dense control for each budget and the upcycled MoE; and, for each budget,
-an MoE from scratch that also gets the parent's share. Every run has its own schedule, so each is annealed at its end.
+From one parent, as a practitioner has it, and for each seed: a dense control for each budget and the upcycled MoE; and,
+for each budget, an MoE from scratch that also gets the parent's share. A seed orders the data and draws the routers (from
+scratch: all weights). Every run has its own schedule, so each is annealed at its end.
 The budget is what the upcycled MoE costs (its parent included for the runs from scratch):
 
     tokens    the same number of updates
@@ -48,7 +49,7 @@ class Ratios:
     seconds: float
 
 
-def measure_ratios(series: Series, rounds: int = 15) -> Ratios:
+def measure_ratios(series: Series, rounds: int = 40) -> Ratios:
     """Cost of an MoE update over that of a dense one: FLOPs counted, CPU seconds measured A B A B, medians."""
     preset = series.preset
     dense = new_model(preset.model, seed=0)

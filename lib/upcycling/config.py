@@ -367,7 +367,7 @@ def _preset(
         model,
         moe,
         TrainConfig(steps=dense_steps, **shared),
-        TrainConfig(steps=sparse_steps, **shared),
+        TrainConfig(steps=sparse_steps, **shared | dict(learning_rate=sparse_learning_rate)),
     )
 
 
@@ -385,9 +385,10 @@ PRESETS: dict[str, Preset] = {
             ModelConfig.smol(vocab_size=2048, d_model=128, n_layers=3, n_heads=4, d_ff=64, seq_len=128),
             _16_TOP_2,
             batch_size=8,
-            dense_steps=800,
+            dense_steps=1500,
             sparse_steps=1000,
             learning_rate=3e-3,
+            sparse_learning_rate=2e-3,
             eval_every=100,
         ),
         # About an hour on a laptop's CPU.
@@ -402,6 +403,7 @@ PRESETS: dict[str, Preset] = {
             dense_steps=4000,
             sparse_steps=4000,
             learning_rate=2e-3,
+            sparse_learning_rate=1.5e-3,
             eval_every=500,
         ),
         # One GPU: the reference models on TinyStories with GPT-2's tokens, 1,000 + 1,000 updates of 2,048 tokens.
@@ -416,6 +418,7 @@ PRESETS: dict[str, Preset] = {
             dense_steps=1000,
             sparse_steps=1000,
             learning_rate=3e-4,
+            sparse_learning_rate=3e-4,
             precision="bf16",
         ),
         _preset(
@@ -429,6 +432,7 @@ PRESETS: dict[str, Preset] = {
             dense_steps=1000,
             sparse_steps=1000,
             learning_rate=3e-4,
+            sparse_learning_rate=3e-4,
             precision="bf16",
         ),
     )

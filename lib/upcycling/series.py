@@ -138,13 +138,16 @@ class Series:
         return model, self.trained(model, replace(self.preset.dense, seed=seed), "dense-parent", **options)
 
     def dense_control(self, seed: int = 0, steps: int | None = None, **options) -> tuple[DecoderLM, TrainResult]:
-        """The parent trained on, still dense, for the MoE's budget (or `steps` updates): what an MoE must beat."""
-        model, _ = self.dense_parent(seed, verbose=False, progress=options.get("progress", True))
+        """The parent trained on, still dense, for the MoE's budget (or `steps` updates): what an MoE must beat.
+
+        `seed` orders the data, as for `moe`; both start from the parent of seed 0.
+        """
+        model, _ = self.dense_parent(verbose=False, progress=options.get("progress", True))
         return model, self.trained(model, self._second_phase(seed, steps), "dense-control", **options)
 
     def moe(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
-        """The parent upcycled and trained on for the preset's second budget."""
-        dense, _ = self.dense_parent(seed, verbose=False, progress=options.get("progress", True))
+        """The parent upcycled and trained on for the preset's second budget; `seed` draws the routers and the data."""
+        dense, _ = self.dense_parent(verbose=False, progress=options.get("progress", True))
         model = upcycle(dense, self.preset.moe, seed=seed)
         return model, self.trained(model, self._second_phase(seed), "moe", **options)
 
