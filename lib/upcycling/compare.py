@@ -3,8 +3,8 @@
     python -m upcycling.compare --seeds 0 1 2 3 4 --out notebooks/results/arms.json
 
 From one parent, as a practitioner has it, and for each seed: a dense control for each budget and the upcycled MoE; and,
-for each budget, an MoE from scratch that also gets the parent's share. A seed orders the data and draws the routers (from
-scratch: all weights). Every run has its own schedule, so each is annealed at its end.
+for each budget, an MoE from scratch that also gets the parent's share. A seed orders the data and draws the routers
+(from scratch: all weights). Every run has its own schedule, so each is annealed at its end.
 The budget is what the upcycled MoE costs (its parent included for the runs from scratch):
 
     tokens    the same number of updates

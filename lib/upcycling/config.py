@@ -356,9 +356,9 @@ class Preset:
 
 
 def _preset(
-    name, corpus, documents, tokenizer, model, moe, batch_size, dense_steps, sparse_steps, **training
+    name, corpus, documents, tokenizer, model, moe, dense_steps, sparse_steps, sparse_learning_rate, **training
 ) -> Preset:
-    shared = dict(batch_size=batch_size, warmup_steps=50, **training)
+    shared = dict(warmup_steps=50) | training
     return Preset(
         name,
         corpus,
