@@ -33,7 +33,7 @@ def upcycle(dense: DecoderLM, moe: MoEConfig, init: str = "copy", seed: int = 0)
     """An MoE with `dense`'s weights: its FFNs copied into experts, everything else unchanged, routers N(0, router_std).
 
     With `init="copy"` and `moe.renormalize` the outputs are those of `dense` up to rounding, for any router
-    (Sparse Upcycling, Komatsuzaki et al. 2022, section 2; renormalised as there for vision). `moe.layers` picks the
+    (Sparse Upcycling, Komatsuzaki et al. 2022, section 3; renormalised as there for vision). `moe.layers` picks the
     layers; the others stay dense. `seed` draws the routers and does not touch torch's global random state. Returns a
     new model in `dense`'s dtype, device and mode; `dense` is unchanged. Raises ValueError for a model that is an MoE
     already, a layer that does not exist or an unknown `init`.
