@@ -89,10 +89,12 @@ def test_arms():
     assert figure.get_suptitle() == "Arms"
 
 
-def test_arms_show_the_floor():
-    rows = [dict(arm="dense control", budget="tokens", seed=0, val_loss=2.0)]
+def test_arms_name_the_floor_without_squeezing_the_dots():
+    rows = [dict(arm="dense control", budget="tokens", seed=seed, val_loss=2.0 + seed / 100) for seed in range(3)]
     (axes,) = plot_arms(rows, floor=0.5).axes
-    assert any(list(line.get_ydata()) == [0.5, 0.5] for line in axes.lines), "the entropy floor as a line"
+    assert "entropy floor 0.50" in axes.get_ylabel()
+    assert axes.get_ylim()[0] > 1.9, "the axis shows the seeds' scatter, not the way down to the floor"
+    assert "2.010" in texts(axes), "the mean, in figures"
 
 
 def test_load():

@@ -1,6 +1,6 @@
 """Is the MoE better than simply training the dense model on? Arms at equal tokens, equal FLOPs and equal seconds.
 
-    python -m upcycling.compare --seeds 0 1 2 3 4 --out notebooks/results/arms.json
+    python -m upcycling.compare --seeds 0 1 2 --workers 2 --out notebooks/results/arms_worlds_quick.json
 
 From one parent, as a practitioner has it, and for each seed: a dense control for each budget and the upcycled MoE; and,
 for each budget, an MoE from scratch that also gets the parent's share. A seed orders the data and draws the routers

@@ -57,7 +57,7 @@ def history_curve(history: Sequence[dict], start: int = 0, value: str = "val_los
 
 
 def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = ""):
-    """Final validation loss of each arm at each equal budget: a dot per seed, a bar at the mean, the entropy floor.
+    """Final validation loss of each arm at each equal budget: a dot per seed, a bar and its value at the mean.
 
     `rows` have arm, budget, seed and val_loss, as `upcycling.compare` writes them.
     """
@@ -73,18 +73,18 @@ def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = "")
                 axes.scatter(
                     [i] * len(losses), losses, marker="os^Dv"[i % 5], s=28, color=COLOURS[i], alpha=0.75, zorder=3
                 )
-                axes.hlines(sum(losses) / len(losses), i - 0.3, i + 0.3, color=COLOURS[i], linewidth=2)
-        if floor is not None:
-            axes.axhline(floor, color="0.35", linewidth=1, linestyle=":")
-            axes.annotate(
-                f"entropy floor {floor:.2f}", (1, floor), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8, color="0.25",
-            )  # fmt: skip
+                mean = sum(losses) / len(losses)
+                axes.hlines(mean, i - 0.3, i + 0.3, color=COLOURS[i], linewidth=2)
+                axes.annotate(
+                    f"{mean:.3f}", (i, max(losses)), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+                )
         axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms], fontsize=9)
         axes.set(title=f"equal {budget}", xlim=(-0.6, len(arms) - 0.4))
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("validation loss (nats per token)")
+    # the floor as words: a line far below would press the dots together
+    below = "" if floor is None else f"\nentropy floor {floor:.2f}"
+    panels[0][0].set_ylabel("validation loss (nats per token)" + below)
     if title:
         figure.suptitle(title)
     return figure
