@@ -421,20 +421,7 @@ PRESETS: dict[str, Preset] = {
             sparse_learning_rate=3e-4,
             precision="bf16",
         ),
-        _preset(
-            "gpu-smol",
-            "tinystories",
-            50_000,
-            "gpt2",
-            replace(_SMOL_119M, seq_len=256),
-            _8_TOP_2,
-            batch_size=8,
-            dense_steps=1000,
-            sparse_steps=1000,
-            learning_rate=3e-4,
-            sparse_learning_rate=3e-4,
-            precision="bf16",
-        ),
     )
 }
 """The sizes to run the series at: UPCYCLING_PRESET picks one by name."""
+PRESETS["gpu-smol"] = replace(PRESETS["gpu"], name="gpu-smol", model=replace(_SMOL_119M, seq_len=256))
