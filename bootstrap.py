@@ -5,6 +5,7 @@
     python bootstrap.py lab         open JupyterLab on the first notebook
     python bootstrap.py run         execute the notebooks, write copies and HTML pages to artifacts/run/
     python bootstrap.py test        everything that CI runs
+    python bootstrap.py bench       measure on this machine, side by side, and print ratios
     python bootstrap.py notebooks   execute the notebooks and save their outputs into the files
 
 Arguments after the command are passed on to it. UPCYCLING_TORCH=cpu|cuda|default chooses the build of torch.
@@ -35,6 +36,7 @@ COMMANDS = {  # name -> arguments of the environment's Python
     "lab": ["-m", "jupyterlab", str(ROOT / "notebooks" / "00_start_here.ipynb")],
     "run": ["-m", "upcycling.run_notebooks"],
     "test": [str(ROOT / "lib" / "tests" / "run_all.py")],
+    "bench": ["-m", "upcycling.bench"],
     "notebooks": ["-m", "upcycling.run_notebooks", "--save"],
 }
 

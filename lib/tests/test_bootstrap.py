@@ -281,7 +281,7 @@ def test_environment_of_what_is_started(bootstrap):
 
 
 @posix
-@pytest.mark.parametrize("name", ["lab", "run", "test", "notebooks"])
+@pytest.mark.parametrize("name", ["lab", "run", "test", "bench", "notebooks"])
 def test_commands_run_in_the_environment(bootstrap, installs, monkeypatch, name):
     called = []
     monkeypatch.setattr(bootstrap.subprocess, "call", lambda command, env: called.append(command) or 3)
