@@ -13,6 +13,7 @@ ACTIVATIONS = ("gelu", "relu", "swiglu")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "cosine", "onecycle", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
+IGNORE = -100  # the target that no loss counts: padding (torch's cross_entropy skips it by default)
 
 
 def _one_of(name: str, value, choices: tuple) -> None:

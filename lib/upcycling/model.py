@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import ModelConfig, count_parameters
+from .config import IGNORE, ModelConfig, count_parameters
 from .moe import Experts, MoELayer, Routing, activate, aux_loss, z_loss
-
-IGNORE = -100  # a target that no loss counts: padding
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-IGNORE = -100  # the target that no loss counts (torch's cross_entropy skips it by default)
+from .config import IGNORE
+
 
 UNKNOWN, START, END = SPECIAL_TOKENS = ("<|unknown|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from upcycling.checkpoint import load_checkpoint, save_checkpoint, save_model, write_text
-
-IGNORE = -100  # a target that no loss counts
+from upcycling.config import IGNORE
 
 
 @dataclass(frozen=True)
