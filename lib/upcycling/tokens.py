@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .config import IGNORE
 
-
 UNKNOWN, START, END = SPECIAL_TOKENS = ("<|unknown|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 
 # (bos, eos) of the vocabularies we meet: ours and SmolLM's, Llama's, GPT-2's.
