@@ -169,7 +169,7 @@ def test_experts_that_cannot_be(values, message):
     [
         (dict(norm="batchnorm"), "norm='batchnorm' is unknown; choose one of 'layernorm', 'rmsnorm'"),
         (dict(position="alibi"), "position='alibi' is unknown; choose one of 'learned', 'rope', 'none'"),
-        (dict(activation="silu"), "activation='silu' is unknown; choose one of 'gelu', 'relu', 'swiglu'"),
+        (dict(activation="silu"), "activation='silu' is unknown; choose one of 'gelu', 'gelu_tanh', 'relu', 'swiglu'"),
         (dict(vocab_size=0), "vocab_size=0 is too small; choose at least 1"),
         (dict(n_layers=0), "n_layers=0 is too small; choose at least 1"),
         (dict(n_heads=0), "n_heads=0 is too small; choose at least 1"),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "rope", "none")
-ACTIVATIONS = ("gelu", "relu", "swiglu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "cosine", "onecycle", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")

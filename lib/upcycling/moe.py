@@ -52,9 +52,14 @@ def route(logits_NE: Tensor, top_k: int, renormalize: bool = True) -> Routing:
 
 def expert_load(routing: Routing) -> Tensor:
     """load_E: the fraction of all N*K routed rows that each expert received; sums to 1."""
-    num_experts = routing.probabilities_NE.shape[-1]
-    counts_E = torch.bincount(routing.expert_ids_NK.flatten(), minlength=num_experts)
-    return counts_E.to(routing.probabilities_NE.dtype) / routing.expert_ids_NK.numel()
+    probabilities_NE = routing.probabilities_NE
+    return load_from_ids(routing.expert_ids_NK, probabilities_NE.shape[-1], probabilities_NE.dtype)
+
+
+def load_from_ids(expert_ids_NK: Tensor, num_experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """load_E from the chosen experts alone: the fraction of all choices that each expert received; sums to 1."""
+    counts_E = torch.bincount(expert_ids_NK.flatten(), minlength=num_experts)
+    return counts_E.to(dtype) / expert_ids_NK.numel()
 
 
 def aux_loss(routing: Routing) -> Tensor:
@@ -111,10 +116,12 @@ class Experts(nn.Module):
 
 
 def activate(name: str, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
-    """The FFN's hidden units: gelu(up), relu(up), or silu(gate) * up for swiglu."""
+    """The FFN's hidden units: gelu(up), gelu_tanh(up) (OpenAI's GPT-2), relu(up), or silu(gate) * up for swiglu."""
     if name == "swiglu":
         return F.silu(gate_NF) * up_NF
-    return F.gelu(up_NF) if name == "gelu" else F.relu(up_NF)
+    if name == "relu":
+        return F.relu(up_NF)
+    return F.gelu(up_NF, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:
