@@ -21,26 +21,7 @@ _HOME = {
     "huggingface": ["to_hf", "from_hf", "save_hf"],
     "environment": ["check_environment"],
     "intervention": ["intervene", "knockout", "token_losses", "domain_losses"],
-    "metrics": [
-        "load_per_expert",
-        "max_over_mean",
-        "coefficient_of_variation",
-        "balance_score",
-        "effective_experts",
-        "dead_experts",
-        "balanced_perplexity",
-        "domain_specialization",
-        "domain_divergence",
-        "vocabulary_specialization",
-        "coactivation",
-        "router_saturation",
-        "router_margin",
-        "router_entropy",
-        "shuffled_baseline",
-        "uniform_baseline",
-        "load_report",
-        "evaluate_routing",
-    ],  # fmt: skip
+    "metrics": ["load_report", "evaluate_routing", "shuffled_baseline", "uniform_baseline"],
     "series": ["load_series"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
