@@ -21,8 +21,10 @@ _HOME = {
     "huggingface": ["to_hf", "from_hf", "save_hf"],
     "environment": ["check_environment"],
     "intervention": ["intervene", "knockout", "token_losses", "domain_losses"],
-    "metrics": ["load_report", "evaluate_routing", "shuffled_baseline", "uniform_baseline"],
+    "metrics": ["shuffled_baseline", "uniform_baseline"],
+    "diagnosis": ["load_report", "evaluate_routing", "diagnose_router"],
     "series": ["load_series"],
+    "routing": ["record_routing", "RoutingTrace"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
