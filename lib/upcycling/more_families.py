@@ -1,0 +1,3 @@
+"""More families (see families)."""
+
+FAMILIES = {}
