@@ -60,6 +60,7 @@ _GPT2 = {
 _NAMES = {"llama": (_LLAMA, _LLAMA_LAYER), "gpt2": (_GPT2, _GPT2_LAYER)}
 _NAMES |= {"mixtral": _NAMES["llama"], "qwen2_moe": _NAMES["llama"]}
 
+_GPT2_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _GPT2_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 _ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -92,12 +93,9 @@ def to_hf(model: DecoderLM, tokenizer: Tokenizer | None = None):
         theirs = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)  # buffers stay float32
     state = {}
     for name, value in theirs.state_dict().items():
-        parts = [own.get(part) for part in _ours(kind, name)]
-        if all(part is None for part in parts):
-            state[name] = torch.zeros_like(value)
-        else:
-            joined = torch.cat([part for part in parts], dim=_joined_dim(name))
-            state[name] = joined.t() if _transposed(kind, name) else joined
+        parts = [own[part] for part in _ours(kind, name) if part in own]
+        joined = torch.cat(parts, dim=_joined_dim(name)) if parts else torch.zeros_like(value)
+        state[name] = joined.t() if _transposed(kind, name) else joined
     theirs.load_state_dict(state)
     return theirs.to(weight.device).train(model.training)
 
@@ -114,9 +112,17 @@ def from_hf(model_or_folder) -> DecoderLM:
 
     if isinstance(model_or_folder, PreTrainedModel):
         theirs, config = model_or_folder, _model_config(model_or_folder.config)
+    elif isinstance(model_or_folder, str | os.PathLike):
+        try:
+            config = _model_config(AutoConfig.from_pretrained(model_or_folder))  # before any weight is read
+            theirs = AutoModelForCausalLM.from_pretrained(model_or_folder, dtype="auto", use_safetensors=True)
+        except OSError as error:
+            raise OSError(
+                f"no model could be read from {str(model_or_folder)!r} ({str(error).splitlines()[0]}); from_hf takes a "
+                "folder with config.json and safetensors, as save_pretrained writes it, or a name on the hub"
+            ) from error
     else:
-        config = _model_config(AutoConfig.from_pretrained(model_or_folder))  # before any weight is read
-        theirs = AutoModelForCausalLM.from_pretrained(model_or_folder, dtype="auto", use_safetensors=True).eval()
+        raise TypeError(f"from_hf takes a transformers model or a folder, not a {type(model_or_folder).__name__}")
     kind, state = theirs.config.model_type, {}
     for name, value in theirs.state_dict().items():
         parts = _ours(kind, name)
@@ -217,7 +223,7 @@ def _settings(config: ModelConfig, kind: str) -> dict:
         vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings, initializer_range=config.init_std
     )
     if kind == "gpt2":
-        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        dropouts = dict.fromkeys(_GPT2_DROPOUTS, config.dropout)
         return (
             settings
             | dropouts
@@ -313,9 +319,12 @@ def _from_gpt2(take, require) -> dict:
     require("scale_attn_weights", True)
     require("scale_attn_by_inverse_layer_idx", False)
     require("add_cross_attention", False)
-    activation, dropout, width = take("activation_function"), take("resid_pdrop"), take("n_embd")
-    require("embd_pdrop", dropout)
-    require("attn_pdrop", dropout)
+    activation, width = take("activation_function"), take("n_embd")
+    dropout, *others = (take(name) for name in _GPT2_DROPOUTS)
+    if others != [dropout, dropout]:
+        raise ValueError(
+            f"{', '.join(_GPT2_DROPOUTS)} are {dropout}, {others[0]}, {others[1]}; DecoderLM has one for all"
+        )
     if activation not in _ACTIVATION:
         raise ValueError(f"activation_function={activation!r} is none of DecoderLM's; known: {', '.join(_ACTIVATION)}")
     return dict(
@@ -337,7 +346,7 @@ def _from_llama(kind: str, take, require) -> dict:
         take(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     )
     require("hidden_act", "silu", "swish")
-    require("head_dim", width // heads, None)
+    require("head_dim", width // heads, None)  # hidden_size / num_attention_heads
     require("attention_dropout", 0.0)
     rope = dict(take("rope_parameters"))
     theta = rope.pop("rope_theta")
@@ -406,7 +415,9 @@ def _ours(kind: str, name: str) -> list[str]:
             return [block + ours for ours in layer[rest]]
         if module in layer:
             return [f"{block}{ours}.{suffix}" for ours in layer[module]]
-    raise ValueError(f"the weight {name} has no place in DecoderLM; merge adapters into the model first")
+    raise ValueError(
+        f"the weight {name} has no place in DecoderLM; give a plain causal language model, with adapters merged"
+    )
 
 
 def _joined_dim(name: str) -> int:
