@@ -1,3 +1,9 @@
-"""More families (see families)."""
+"""The remaining families' rules; see `families` for what a rule is."""
 
-FAMILIES = {}
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .families import Fields, Target
+
+FAMILIES: dict[str, Callable[[Fields], Target]] = {}
