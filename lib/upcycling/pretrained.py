@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import copy
 import html
-import json
-import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import families
-from .equivalence import TOLERANCE
 from .families import Initialisation, Refusal, TargetTensor, build, configure, hub_shapes, hub_tensors
+from .receipt import Receipt, verify
+
+__all__ = ["Plan", "Receipt", "Sizes", "plan", "read_config", "upcycle_pretrained", "verify"]
 
 INITS = ("copy", "noise")
 TRAINING_NOTES = (
