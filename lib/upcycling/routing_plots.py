@@ -1,8 +1,8 @@
 """Figures of what a router does, each a function of data (arrays or lists) that returns a matplotlib figure.
 
 Experts are told apart by their number, written into every cell and strip; colour only helps the eye. Measures use
-cividis (perceptually uniform, safe for colour-blind readers), differences red and blue around white at 0. Panels redraw
-a figure at every move of a slider, so the layout is computed, not solved for, and small numbers are one artist.
+magma (perceptually uniform, paper-white at 0), differences red and blue around white at 0. Panels redraw
+a figure at every move of a slider, so the layout is computed, not solved for, and short strings are one artist.
 
 Shapes: N tokens, E experts, K experts per token, L MoE layers, C columns (domains, token classes).
 """
@@ -22,7 +22,7 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]
 # Okabe and Ito's hues, grey for black; experts 8-15 have them lighter, 16-23 darker, then they repeat
 _HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#8C8C8C")
 _MONO, _ADVANCE = "DejaVu Sans Mono", 0.602  # comes with matplotlib; width of its characters / size
-_MEASURE, _DIFFERENCE = "cividis_r", "RdBu_r"
+_MEASURE, _DIFFERENCE = "magma_r", "RdBu_r"
 _MARK = COLOURS[1]
 
 
@@ -145,7 +145,7 @@ def _strip(texts, colours, notes, legend, followed, columns, max_tokens, title):
     shown = [printable(text) for text in texts[:max_tokens]]
     places, x, line = [], 0.0, 0
     for text, note, original in zip(shown, notes, texts):
-        width = max(len(text), len(note) * note_size / size) + 0.4
+        width = max(len(text), len(note) * note_size / size) + 0.6
         if x and x + width > columns:
             x, line = 0.0, line + 1
         places.append((x, line, width))
@@ -162,12 +162,15 @@ def _strip(texts, colours, notes, legend, followed, columns, max_tokens, title):
     edges, widths = zip(*frames) if frames else ((), ())
     axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors=edges, linewidths=widths))
     inks = [ink(colour) for colour in colours]
-    for text, (x, line, width), colour in zip(shown, places, inks):
+    plain = [i for i, text in enumerate(shown) if text.isascii()]
+    middles = [(x + width / 2, line + 0.32) for x, line, width in places]
+    _strings(axes, [shown[i] for i in plain], [middles[i] for i in plain], [inks[i] for i in plain], size)
+    for i in set(range(len(shown))) - set(plain):  # other scripts need a text's shaping
         axes.text(
-            x + width / 2, line + 0.34, text, color=colour, fontsize=size, family=_MONO,
-            ha="center", va="center_baseline", parse_math=False,
+            *middles[i], shown[i], color=inks[i], fontsize=size, family=_MONO, ha="center", va="center_baseline",
+            parse_math=False,
         )  # fmt: skip
-    _numbers(axes, notes, [(x + width / 2, line + 0.74) for x, line, width in places], inks, note_size)
+    _strings(axes, notes, [(x + width / 2, line + 0.74) for x, line, width in places], inks, note_size)
     return axes.figure
 
 
@@ -175,31 +178,32 @@ def _strip(texts, colours, notes, legend, followed, columns, max_tokens, title):
 
 
 def plot_expert_matrix(
-    values_EC,
-    columns: Sequence[str],
+    share_CE,
+    names: Sequence[str],
     *,
     null=None,
     spread=None,
     kind: str = "domain",
-    quantity: str = "share of the domain's rows",
+    quantity: str = "share of the domain's tokens",
     vmax: float | None = None,
     title: str = "",
 ):
-    """Experts x domains (or another `kind` of columns): a share in each cell, drawn and written in per cent.
+    """Domains (or another `kind` of row, with these names) x experts: a share in each cell, drawn and written in %.
 
-    `null` is what chance gives: a number, which is marked on the colour bar, or anything that broadcasts to (E, C).
-    With `spread` (the null's standard deviation, same shapes) the cells more than three spreads above it are framed.
-    `vmax` fixes the end of the colour scale (a fraction). Raises ValueError where the shapes do not fit.
+    `share_CE` is what `metrics.domain_specialization` returns. `null` is what chance gives: a number, which is marked
+    on the colour bar, or anything that broadcasts to (C, E). With `spread` (the null's standard deviation, same shapes)
+    the cells more than three spreads above it are framed. `vmax` fixes the end of the colour scale (a share).
+    Raises ValueError where the shapes do not fit.
     """
-    values_EC = _checked(values_EC, columns, kind)
-    framed_EC = None
+    share_CE = _checked(share_CE, names, kind, "({}, experts)")
+    framed_CE = None
     if spread is not None:
         if null is None:
             raise ValueError("spread is given but no null to count it from; give null as well")
-        framed_EC = values_EC > _like(null, values_EC, "null") + 3 * _like(spread, values_EC, "spread")
-    scale = (0, _top(values_EC) if vmax is None else vmax)
-    axes, bar = _heat(values_EC.T, columns, _MEASURE, scale, f"{quantity} (%)", _per_cent, framed_EC, title)
-    note = "" if framed_EC is None else " (framed: more than three spreads above chance)"
+        framed_CE = share_CE > _like(null, share_CE, "null") + 3 * _like(spread, share_CE, "spread")
+    scale = (0, _top(share_CE) if vmax is None else vmax)
+    axes, bar = _heat(share_CE, names, _MEASURE, scale, f"{quantity} (%)", _per_cent, framed_CE, title)
+    note = "" if framed_CE is None else " (framed: more than three spreads above chance)"
     axes.set(xlabel="expert" + note, ylabel=_label(kind))
     bar.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
     if null is not None and np.ndim(null) == 0:
@@ -207,23 +211,36 @@ def plot_expert_matrix(
     return axes.figure
 
 
-def plot_expert_classes(values_EC, classes: Sequence[str], *, quantity: str = "share of the class's rows", **options):
-    """Experts x token classes (digits, punctuation, names, ...): `plot_expert_matrix`, whose options it takes."""
-    return plot_expert_matrix(values_EC, classes, kind="token class", quantity=quantity, **options)
+def plot_expert_classes(share_CE, classes: Sequence[str], *, quantity: str = "share of the class's tokens", **options):
+    """Token classes (digits, punctuation, names, ...) x experts: `plot_expert_matrix`, whose options it takes."""
+    return plot_expert_matrix(share_CE, classes, kind="token class", quantity=quantity, **options)
 
 
-def plot_knockout(cost_EC, domains: Sequence[str], *, noise=None, limit: float | None = None, title: str = ""):
-    """Experts x domains: the loss (nats per token) that removing the expert costs the domain; red costs, blue gains.
+def plot_knockout(
+    cost_EC,
+    domains: Sequence[str],
+    *,
+    experts: Sequence[int] | None = None,
+    noise=None,
+    limit: float | None = None,
+    title: str = "",
+):
+    """Domains x experts: the loss (nats per token) that removing the expert costs the domain; red costs, blue gains.
 
-    With `noise` (nats; a number, or anything that broadcasts to (E, C)) the cells beyond it on either side are framed.
+    `cost_EC` is one layer of a `KnockoutTable`, `experts` the numbers of its rows where they are not all from 0. With
+    `noise` (nats; a number, or anything that broadcasts to (E, C)) the cells beyond it on either side are framed.
     `limit` fixes the ends of the colour scale, else the largest cost is the end. Not-a-number (not measured) is grey.
     Raises ValueError where the shapes do not fit.
     """
-    cost_EC = _checked(cost_EC, domains, "domain")
+    cost_EC = _checked(np.asarray(cost_EC).T, domains, "domain", "(experts, {})").T
+    if experts is not None and len(experts) != len(cost_EC):
+        raise ValueError(f"{len(experts)} expert numbers but {len(cost_EC)} rows of costs; give one for each")
     framed_EC = None if noise is None else np.abs(cost_EC) > _like(noise, cost_EC, "noise")
     limit = _limit(cost_EC) if limit is None else limit
-    quantity = "change of loss (nats per token)"
-    axes, _ = _heat(cost_EC.T, domains, _DIFFERENCE, (-limit, limit), quantity, _signed, framed_EC, title)
+    axes, _ = _heat(
+        cost_EC.T, domains, _DIFFERENCE, (-limit, limit), "change of loss (nats per token)", _signed,
+        None if framed_EC is None else framed_EC.T, title, experts,
+    )  # fmt: skip
     note = "" if noise is None else " (framed: beyond the noise)"
     axes.set(xlabel="expert removed" + note, ylabel="domain")
     return axes.figure
@@ -261,20 +278,22 @@ def _times(value):
 
 
 def _signed(value):
-    return f"{value:+.2f}" if np.isfinite(value) else "–"
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0"
 
 
-def _heat(values_RE, rows, cmap, scale, quantity, write, framed_ER, title):
+def _heat(values_RE, rows, cmap, scale, quantity, write, framed_RE, title, numbers=None):
     """axes, bar: rows x experts as colours, each cell with its value written into it, and the colour bar."""
     import matplotlib
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     count, experts = values_RE.shape
-    cell = min(max(8 / experts, 0.2), 0.5)  # inches
+    cell = min(0.5, max(8 / experts, min(0.2, 14 / experts)))  # inches
     narrow = cell < 0.35  # then the number stands upright, turned by a quarter
     names = [_label(name, 24) for name in rows]
-    margins = (0.5 + 0.08 * max(map(len, names), default=0), 1.2, 0.5, 0.1)
+    margins = (0.5 + 0.08 * max(map(len, names), default=0), 1.3, 0.5, 0.1)
     figure, axes = _axes(max(cell * experts, 3), (0.42 if narrow else 0.32) * count, margins=margins, title=title)
     image = axes.imshow(
         np.ma.masked_invalid(values_RE), matplotlib.colormaps[cmap].with_extremes(bad="0.85"),
@@ -283,18 +302,22 @@ def _heat(values_RE, rows, cmap, scale, quantity, write, framed_ER, title):
     spots = [(e, r) for r in range(count) for e in range(experts)]
     faces = image.to_rgba(np.ma.masked_invalid(values_RE))
     written = ["–" if np.isnan(values_RE[r, e]) else write(values_RE[r, e]) for e, r in spots]
-    _numbers(axes, written, spots, [ink(faces[r, e]) for e, r in spots], 6.5, turned=narrow)
-    _numbers(axes, list(map(str, range(experts))), [(e, 0) for e in range(experts)], "black", 7 if experts <= 40 else 6,
-             below=True)  # fmt: skip
+    if cell > 0.16:
+        _strings(axes, written, spots, [ink(faces[r, e]) for e, r in spots], 6.5, turned=narrow)
+    step = 1 + int(0.16 / cell)  # of hundreds of experts, not each number finds room
+    shown = range(0, experts, step)
+    numbers = [str((range(experts) if numbers is None else numbers)[e]) for e in shown]
+    _strings(axes, numbers, [(e, 0) for e in shown], "black", 6 if narrow else 7, below=True)
     axes.set_xticks([])
     axes.xaxis.labelpad = 18
     axes.set_yticks(range(count), names, fontsize=9)
     axes.tick_params(length=0)
-    if framed_ER is not None:
-        frames = [Rectangle((e - 0.46, r - 0.46), 0.92, 0.92) for e, r in spots if framed_ER[e, r]]
-        axes.add_collection(PatchCollection(frames, facecolors="none", edgecolors=_MARK, linewidths=2))
+    if framed_RE is not None:
+        frames = [Rectangle((e - 0.46, r - 0.46), 0.92, 0.92) for e, r in spots if framed_RE[r, e]]
+        for colour, width in (("white", 4), ("black", 2)):  # seen on light and dark cells
+            axes.add_collection(PatchCollection(frames, facecolors="none", edgecolors=colour, linewidths=width))
     box, wide = axes.get_position(), figure.get_figwidth()
-    bar = figure.add_axes((box.x1 + 0.4 / wide, box.y0, 0.13 / wide, box.height))
+    bar = figure.add_axes((box.x1 + 0.5 / wide, box.y0, 0.13 / wide, box.height))
     figure.colorbar(image, cax=bar)
     bar.set_ylabel(_label(quantity), fontsize=8)
     bar.tick_params(labelsize=8)
@@ -314,17 +337,17 @@ def _mark(bar, value, text):
 def plot_coactivation(
     strength_EE,
     *,
-    chance=1.0,
+    chance,
     load_E=None,
     vmax: float | None = None,
     max_edges: int = 60,
-    quantity: str = "co-activation (1 = chance)",
+    quantity: str = "share of an expert's tokens that the other one sees, too",
     title: str = "",
 ):
     """Experts on a circle, joined where two are chosen together more often than by chance; wider is more often.
 
-    `strength_EE` is symmetric (of an asymmetric one the larger side counts), its diagonal is not looked at; `chance` is
-    a number or anything that broadcasts to (E, E). Discs grow with `load_E`. Of more than `max_edges` the strongest are
+    `strength_EE` is what `metrics.coactivation` returns (of each pair the larger side counts, the diagonal does not);
+    `chance`, (K-1)/(E-1) there, is a number or anything that broadcasts to (E, E). Discs grow with `load_E`. Of more than `max_edges` the strongest are
     drawn, and the title says so. `vmax` is the strength of the widest edge. Raises ValueError for a matrix not square.
     """
     from matplotlib.collections import LineCollection
@@ -358,7 +381,7 @@ def plot_coactivation(
     areas = area if load_E is None else area * np.clip(np.asarray(load_E, dtype=float) * experts, 0.3, 2)
     colours = [expert_colour(e) for e in range(experts)]
     axes.scatter(*place_E2.T, s=areas, c=colours, edgecolors="0.2", linewidths=0.6, zorder=2)
-    _numbers(axes, map(str, range(experts)), place_E2, [ink(c) for c in colours], min(9, 300 / experts), zorder=3)
+    _strings(axes, map(str, range(experts)), place_E2, [ink(c) for c in colours], min(9, 300 / experts), zorder=3)
     key = axes.figure.add_axes((0.05, 0.02, 0.9, 0.075))
     key.set(xlim=(0, 3), ylim=(0, 1))
     key.axis("off")
@@ -399,13 +422,20 @@ def layer_flows(expert_ids_LNK, weights_LNK, num_experts: int) -> tuple[np.ndarr
 
 
 def plot_flow(
-    expert_ids_LNK, weights_LNK, num_experts: int, layers: Sequence[int], *, least: float = 0.01, title: str = ""
+    expert_ids_LNK,
+    weights_LNK,
+    num_experts: int,
+    layers: Sequence[int],
+    *,
+    least: float = 0.01,
+    max_ribbons: int = 150,
+    title: str = "",
 ):
     """The way of a token (N = 1), or of a class of tokens, through the layers' experts, as a Sankey diagram.
 
     A bar is an expert, as high as its share of the combine weights (see `layer_flows`), its number in it; ribbons lead
-    to the next layer's experts. Bars and ribbons below `least` (a share) are left out, which the axis says.
-    Raises ValueError where the shapes do not fit.
+    to the next layer's experts. Left out are bars below `least` (a share) and, between two layers, all ribbons but the
+    strongest `max_ribbons`; the axis says how much of the weight the drawn ones carry. Raises ValueError where the shapes do not fit.
     """
     from matplotlib.collections import PatchCollection, PathCollection
     from matplotlib.patches import Rectangle
@@ -415,11 +445,12 @@ def plot_flow(
     if len(share_LE) != len(layers):
         raise ValueError(f"{len(share_LE)} layers of routing but {len(layers)} layer names; give one for each")
     used = max(int((share_E >= least).sum()) for share_E in share_LE)
-    gap, half = 0.018, 0.07  # between bars, in shares; half a bar's width, in layers
+    gap, half = 0.022, 0.07  # between bars, in shares; half a bar's width, in layers
     height = min(max(2.2, 0.24 * used), 9)
     _, axes = _axes(1.3 * len(layers) + 0.6, height, margins=(0.45, 0.15, 0.5, 0.05), title=title)
     top_LE = np.zeros_like(share_LE)
-    bars, numbers, shares, ribbons, colours = [], [], [], [], []
+    bars, numbers, shares, ribbons, colours, drawn = [], [], [], [], [], 0.0
+    codes = [Path.MOVETO] + [Path.CURVE4] * 3 + [Path.LINETO] + [Path.CURVE4] * 3 + [Path.CLOSEPOLY]
     for layer, share_E in enumerate(share_LE):
         y = (used - (share_E >= least).sum()) * gap / 2
         for e in np.flatnonzero(share_E >= least):
@@ -430,26 +461,28 @@ def plot_flow(
                 shares.append((f"{100 * share_E[e]:.0f}%", (layer + half + 0.13, y + share_E[e] / 2)))
             y += share_E[e] + gap
     for layer, flow_EE in enumerate(flow_LEE):
-        leave_E, arrive_E = top_LE[layer].copy(), top_LE[layer + 1].copy()
-        for e, f in np.argwhere(flow_EE > 0):
-            a, b, thick = leave_E[e], arrive_E[f], flow_EE[e, f]
-            leave_E[e], arrive_E[f] = a + thick, b + thick
-            if thick >= least and share_LE[layer, e] >= least and share_LE[layer + 1, f] >= least:
-                left, middle, right = layer + half, layer + 0.5, layer + 1 - half
-                upper = [(left, a), (middle, a), (middle, b), (right, b)]
-                lower = [(right, b + thick), (middle, b + thick), (middle, a + thick), (left, a + thick), (left, a)]
-                codes = [Path.MOVETO] + [Path.CURVE4] * 3 + [Path.LINETO] + [Path.CURVE4] * 3 + [Path.CLOSEPOLY]
-                ribbons.append(Path(upper + lower, codes))
-                colours.append(expert_colour(e))
+        leave_EE = top_LE[layer][:, None] + flow_EE.cumsum(1) - flow_EE
+        arrive_EE = top_LE[layer + 1] + flow_EE.cumsum(0) - flow_EE
+        seen_EE = np.where(np.outer(share_LE[layer] >= least, share_LE[layer + 1] >= least), flow_EE, 0)
+        strongest = np.argsort(-seen_EE, axis=None, kind="stable")[:max_ribbons]
+        for e, f in zip(*np.unravel_index(strongest, seen_EE.shape)):
+            a, b, thick = leave_EE[e, f], arrive_EE[e, f], flow_EE[e, f]
+            left, middle, right = layer + half, layer + 0.5, layer + 1 - half
+            upper = [(left, a), (middle, a), (middle, b), (right, b)]
+            lower = [(right, b + thick), (middle, b + thick), (middle, a + thick), (left, a + thick), (left, a)]
+            ribbons.append(Path(upper + lower, codes))
+            colours.append(expert_colour(e))
+            drawn += thick
     axes.add_collection(PathCollection(ribbons, facecolors=colours, edgecolors="none", alpha=0.5, zorder=1))
     patches, faces = zip(*bars)
     axes.add_collection(PatchCollection(patches, facecolors=faces, edgecolors="0.2", linewidths=0.6, zorder=2))
-    _numbers(axes, *zip(*numbers), 7.5, zorder=3)
+    _strings(axes, *zip(*numbers), 7.5, zorder=3)
     if shares:
-        _numbers(axes, *zip(*shares), "black", 6.5, zorder=3)
+        _strings(axes, *zip(*shares), "black", 6.5, zorder=3)
     axes.set(xlim=(-0.3, len(layers) - 0.5), ylim=(1 + (used - 1) * gap, 0), yticks=[])
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set_xlabel(f"MoE layer (block) · below {100 * least:g} % not drawn")
+    part = "" if len(layers) == 1 else f" (ribbons: {100 * drawn / len(flow_LEE):.0f} % of the weight)"
+    axes.set_xlabel("MoE layer" + part)
     axes.set_ylabel("share of the combine weights")
     axes.spines[:].set_visible(False)
     return axes.figure
@@ -494,7 +527,7 @@ def _over_training(curves, y_label, null, spread, now, y_range, title):
     for i, (name, points) in enumerate(curves.items()):
         xs, ys = zip(*points)
         # more layers than hues: from light to dark, in the order of the layers
-        many = matplotlib.colormaps[_MEASURE](0.15 + 0.85 * i / len(curves))
+        many = matplotlib.colormaps["viridis_r"](0.1 + 0.9 * i / len(curves))
         colour = COLOURS[i] if len(curves) <= len(COLOURS) else many
         axes.plot(
             xs, ys, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=1.7, marker=".", markersize=4,
@@ -538,8 +571,8 @@ def _axes(width, height, *, margins, title):
     return figure, axes
 
 
-def _numbers(axes, strings, places, inks, size, *, turned=False, below=False, zorder=3):
-    """Many short numbers, each centred at its place, as one artist with its `strings`: a tenth of the time of texts.
+def _strings(axes, strings, places, inks, size, *, turned=False, below=False, zorder=3):
+    """Short strings, each centred at its place, as one artist that keeps them in `strings`; a text each takes too long.
 
     `turned` by a quarter; `below`: under the x axis, at the places' x.
     """
@@ -551,13 +584,14 @@ def _numbers(axes, strings, places, inks, size, *, turned=False, below=False, zo
     if below:
         position = axes.get_xaxis_transform() + ScaledTranslation(0, -0.1, figure.dpi_scale_trans)
     collection = PathCollection(
-        [_number_path(string, size / 72, turned) for string in strings],
+        [_string_path(string, size / 72, turned) for string in strings],
         offsets=np.asarray(places, dtype=float).reshape(-1, 2),
         offset_transform=position,
         facecolors=inks,
         linewidths=0,
         zorder=zorder,
         clip_on=not below,
+        snap=False,
     )
     collection.set_transform(figure.dpi_scale_trans)
     collection.strings = strings
@@ -565,7 +599,7 @@ def _numbers(axes, strings, places, inks, size, *, turned=False, below=False, zo
 
 
 @lru_cache(maxsize=4096)
-def _number_path(string, size, turned):
+def _string_path(string, size, turned):
     """The outline of `string`, `size` inches high, its middle at 0."""
     from matplotlib.path import Path
 
@@ -576,7 +610,7 @@ def _number_path(string, size, turned):
     return Path(vertices[:, ::-1] * (-1, 1) if turned else vertices, codes)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _glyph(character):
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
@@ -589,12 +623,12 @@ def _same_length(texts, values, what):
         raise ValueError(f"{len(texts)} texts but {len(values)} {what}; give one for each token")
 
 
-def _checked(values_EC, columns, kind):
-    values_EC = np.asarray(values_EC, dtype=float)
-    if values_EC.ndim != 2 or values_EC.shape[1] != len(columns):
-        raise ValueError(f"the values have shape {values_EC.shape} but there are {len(columns)} {kind} names; "
-                         f"give (experts, {len(columns)})")  # fmt: skip
-    return values_EC
+def _checked(values, names, kind, shape):
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or len(values) != len(names):
+        wanted = shape.format(len(names))
+        raise ValueError(f"the values have shape {values.shape} but there are {len(names)} {kind} names; give {wanted}")
+    return values
 
 
 def _like(value, values, name):
