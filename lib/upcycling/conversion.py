@@ -1,0 +1,333 @@
+"""A folder with a pretrained dense model in, a folder with an MoE out, one tensor in memory at a time.
+
+    open_source    a folder, or a name on the Hugging Face hub, whose safetensors files are read tensor by tensor
+    prepare        everything that can be refused is refused here, and everything that will be written is counted
+    convert        prepare, write, verify, rename
+
+Everything is written into `<out>.partial`, next to `out`, and renamed at the end. Until then the configuration in it
+has a name that nothing loads, so whoever is killed, and whenever, leaves no folder that loads; the next run with the
+same settings keeps the weight files that are complete (their SHA-256 is in the folder's manifest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .checkpoint import write_text
+from .families import Refusal, TargetTensor, hub_shapes
+from .pretrained import Plan, plan, read_config
+from .weight_files import CODES, COMPANIONS, WeightFiles, open_source
+
+MAX_SHARD_SIZE = 2 * 10**9  # bytes; transformers loads several files no slower than one
+VERIFY_MEMORY = 2 * 10**9  # bytes; a pair of models that needs more in float32 is verified layer by layer
+RECEIPT = "upcycling_receipt.json"
+MANIFEST = "conversion.json"
+PENDING = "config.json.pending"  # the configuration's name until everything is verified
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that will be written: how it is made, and its type in the file."""
+
+    tensor: TargetTensor
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.tensor.shape) * self.dtype.itemsize
+
+    def make(self, source: WeightFiles) -> Tensor:
+        return self.tensor.make(*(source[name] for name in self.tensor.sources), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file that will be written: its name and its entries, in the file's order."""
+
+    file: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's beginning: the header's length, then names, types, shapes and places of all tensors, as JSON."""
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for entry in self.entries:
+            begin, end = end, end + entry.bytes
+            header[entry.name] = {
+                "dtype": CODES[entry.dtype], "shape": list(entry.tensor.shape), "data_offsets": [begin, end]
+            }  # fmt: skip
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + sum(entry.bytes for entry in self.entries)
+
+    def write(self, folder: Path, source: WeightFiles, bar) -> str:
+        """Write the file, holding one tensor at a time, and return its SHA-256.
+
+        The safetensors format allows that: a header with every tensor's place, then their bytes in that order. The
+        file has another name until it is complete and flushed to the disk. Raises OSError.
+        """
+        path = folder / self.file
+        temporary = path.with_name(path.name + ".tmp")
+        digest = hashlib.sha256(self.header)
+        with open(temporary, "wb") as file:
+            file.write(self.header)
+            for entry in self.entries:
+                data = entry.make(source).reshape(-1).view(torch.uint8).numpy()
+                file.write(data)
+                digest.update(data)
+                bar.update(data.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return digest.hexdigest()
+
+
+def plan_shards(entries: list[Entry], max_shard_size: int) -> tuple[Shard, ...]:
+    """Distribute tensors, in order, over files of at most `max_shard_size` bytes (a larger tensor gets its own)."""
+    groups, size = [[]], 0
+    for entry in entries:
+        if groups[-1] and size + entry.bytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.bytes
+    # Wide types first, as safetensors writes them: then every tensor begins at a multiple of its element size.
+    groups = [tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize)) for group in groups]
+    if len(groups) == 1:
+        return (Shard("model.safetensors", groups[0]),)
+    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` is about to do, with nothing written yet; prints as the dry run's text."""
+
+    name: str  # the source as it was given
+    source: WeightFiles
+    out: Path
+    plan: Plan
+    shards: tuple[Shard, ...]
+    settings: dict  # what a resumed run must share
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(self.out.name + ".partial")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that will be on the disk in the end, companions and reports included."""
+        return sum(shard.bytes for shard in self.shards) + sum(path.stat().st_size for path in self.companions) + 2**20
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the largest tensor with what it is made from: what writing holds beside Python and torch."""
+        return max(
+            2 * entry.bytes + sum(math.prod(self.source.shapes[name]) * 4 for name in entry.tensor.sources)
+            for shard in self.shards for entry in shard.entries
+        )  # fmt: skip
+
+    @property
+    def companions(self) -> list[Path]:
+        return sorted({path for pattern in COMPANIONS for path in self.source.folder.glob(pattern) if path.is_file()})
+
+    @property
+    def finished(self) -> dict[str, str]:
+        """Weight files of an interrupted run with these settings: name -> SHA-256 as recorded, not checked yet."""
+        manifest = _read_manifest(self.partial)
+        return manifest["shards"] if manifest and manifest["settings"] == self.settings else {}
+
+    @property
+    def needed(self) -> int:
+        """Bytes that still have to be written (what a run with other settings left behind is deleted first)."""
+        there = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+        return self.bytes - there
+
+    @property
+    def free(self) -> int:
+        """Bytes free on the disk that `out` will be on."""
+        folder = self.out.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def __str__(self) -> str:
+        files = "1 weight file" if len(self.shards) == 1 else f"{len(self.shards)} weight files"
+        resumed = f", {len(self.finished)} of them there from an interrupted run" if self.finished else ""
+        return "\n".join([
+            str(self.plan),
+            f"writes    {gigabytes(self.bytes)} to {self.out}, {files}{resumed}",
+            f"disk      {gigabytes(self.needed)} needed, {gigabytes(self.free)} free",
+            f"memory    {gigabytes(self.memory)} beside what Python and torch take",
+        ])  # fmt: skip
+
+    def run(self, *, verify: bool = True, verify_memory: int = VERIFY_MEMORY, progress: bool = True):
+        """Carry it out; see `convert`."""
+        if self.needed > self.free:
+            raise OSError(
+                f"{self.out} needs {gigabytes(self.needed)} but the disk has {gigabytes(self.free)} free; free some, or "
+                "choose another folder, fewer experts or layers, or a smaller dtype"
+            )
+        _write_weights(self, _open_partial(self), progress)
+        _write_companions(self)
+        receipt = _verify(self, verify_memory, progress) if verify else None
+        write_text(self.partial / RECEIPT, json.dumps(_record(self, receipt), indent=2) + "\n")
+        write_text(self.partial / "README.md", model_card(self, receipt))
+        # From here on the folder loads, and may: it is complete and verified.
+        os.replace(self.partial / PENDING, self.partial / "config.json")
+        if self.out.exists():
+            self.out.rmdir()  # empty, as checked
+        os.replace(self.partial, self.out)
+        (self.out / MANIFEST).unlink()
+        return receipt
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+def prepare(
+    model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
+    router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, max_shard_size: int = MAX_SHARD_SIZE,
+) -> Conversion:  # fmt: skip
+    """Check everything that can be checked before anything is written; arguments as for `convert`, same errors."""
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; choose another name, or delete it")
+    folder = open_source(model)
+    source = WeightFiles(folder)
+    if out.resolve() == folder.resolve():
+        raise FileExistsError(f"{out} is the dense model's own folder; choose another name")
+    config = read_config(folder)
+    if config.dtype is None:  # then transformers takes the weights' own, and so do we
+        config.dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
+    chosen = plan(
+        config, num_experts, top_k, layers=layers, init=init, router_std=router_std, seed=seed, dtype=dtype
+    )  # fmt: skip
+    if chosen.target is None:
+        raise Refusal(f"{chosen.source} has no stock MoE class: {chosen.reason}", chosen.nearest)
+    chosen.check_sources(source.names)
+    for name, shape in hub_shapes(config, chosen.source).items():
+        if source.shapes[name] != shape:
+            raise ValueError(
+                f"{name} is {source.shapes[name]} in the weights but {shape} by the configuration of {folder}"
+            )
+    entries = [Entry(t, dtype or (source.dtypes[t.sources[0]] if t.sources else chosen.dtype)) for t in chosen.tensors]
+    settings = {
+        "version": __version__,
+        "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
+        "config": json.loads(chosen.config.to_json_string(use_diff=False)),
+        "dtype": None if dtype is None else str(dtype),
+        "layers": list(chosen.layers), "init": init, "router_std": router_std, "seed": seed,
+        "max_shard_size": max_shard_size,
+    }  # fmt: skip
+    return Conversion(str(model), source, out, chosen, plan_shards(entries, max_shard_size), settings)
+
+
+def convert(
+    model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
+    router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, verify: bool = True,
+    max_shard_size: int = MAX_SHARD_SIZE, verify_memory: int = VERIFY_MEMORY, progress: bool = True,
+) -> Receipt | None:  # fmt: skip
+    """Write the MoE of a dense model, a folder or a hub name, to the new folder `out`; return the receipt.
+
+    `num_experts` to `seed` are as for `plan`; `dtype` is that of every tensor (default: each keeps its own). Files have
+    at most `max_shard_size` bytes. The result is read back and compared with the dense model in float32: loaded whole
+    where both together take at most `verify_memory` bytes, else layer by layer; `verify=False` skips that and returns
+    None. Raises FileNotFoundError, FileExistsError, and ValueError before anything is written; OSError when the disk is
+    too small or fails; ValueError when the result is not the same function, and then there is no `out`.
+    """
+    job = prepare(
+        model, out, num_experts, top_k, layers=layers, init=init, router_std=router_std, seed=seed, dtype=dtype,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
+    return job.run(verify=verify, verify_memory=verify_memory, progress=progress)
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _open_partial(job: Conversion) -> dict[str, str]:
+    """Make the folder that is written into, empty but for the finished weight files of a run with equal settings."""
+    folder = job.partial
+    kept = {}
+    if folder.exists():
+        if _read_manifest(folder) is None and {path.name for path in folder.iterdir()} - {MANIFEST + ".tmp"}:
+            raise FileExistsError(f"{folder} is in the way and not from an interrupted conversion; delete or rename it")
+        for shard in job.shards:
+            path, digest = folder / shard.file, job.finished.get(shard.file)
+            if digest and path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == digest:
+                kept[shard.file] = digest
+        for path in folder.iterdir():
+            if path.name != MANIFEST and path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_manifest(job, kept)
+    return kept
+
+
+def _write_manifest(job: Conversion, finished: dict[str, str]) -> None:
+    write_text(job.partial / MANIFEST, json.dumps({"settings": job.settings, "shards": finished}) + "\n")
+
+
+def _write_weights(job: Conversion, finished: dict[str, str], progress: bool) -> None:
+    with _bar(job, "writing", progress) as bar:
+        for shard in job.shards:
+            if shard.file in finished:
+                bar.update(sum(entry.bytes for entry in shard.entries))
+                continue
+            digest = shard.write(job.partial, job.source, bar)
+            finished = finished | {shard.file: digest}
+            _write_manifest(job, finished)
+
+
+def _bar(job: Conversion, what: str, progress: bool):
+    from tqdm.auto import tqdm
+
+    total = sum(entry.bytes for shard in job.shards for entry in shard.entries)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
+
+
+def _write_companions(job: Conversion) -> None:
+    """Everything that belongs to the model beside weights, receipt and card."""
+    for path in job.companions:
+        copy = job.partial / path.relative_to(job.source.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)  # the bytes, not the permissions: a hub cache may be read-only
+    if len(job.shards) > 1:
+        where = {entry.name: shard.file for shard in job.shards for entry in shard.entries}
+        size = sum(entry.bytes for shard in job.shards for entry in shard.entries)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        write_text(job.partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    write_text(job.partial / PENDING, job.plan.config.to_json_string())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
