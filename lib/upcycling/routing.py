@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -162,7 +163,8 @@ class Router:
 def find_routers(model: nn.Module) -> list[Router]:
     """The routers of `model`, a `DecoderLM` or a transformers MoE (also wrapped), in the order of their layers.
 
-    Raises ValueError for a model without MoE layers, and for an MoE whose router class is not in the table.
+    Raises ValueError for a model without MoE layers, for an MoE whose router class is not in the table, and for a
+    transformers release whose routers return probabilities in place of logits.
     """
     routers = []
     for name, module in model.named_modules():
@@ -172,6 +174,11 @@ def find_routers(model: nn.Module) -> list[Router]:
             routers.append(Router(_layer_of(name), name, module, module))
     if not routers:
         raise ValueError(_why_no_router(model))
+    if not isinstance(routers[0].holder, MoELayer) and _release("transformers") < (5, 6):
+        raise ValueError(
+            f"transformers {version('transformers')} is installed, whose routers return probabilities in place of their "
+            "logits; install transformers>=5.23"
+        )
     routers.sort(key=lambda router: router.layer)
     for first, second in pairwise(routers):
         if first.layer == second.layer:
@@ -182,15 +189,20 @@ def find_routers(model: nn.Module) -> list[Router]:
     return routers
 
 
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version(package).split(".")[:2])
+
+
 def _rule(module: nn.Module) -> Callable | None:
     return next((RULES[base.__name__] for base in type(module).__mro__ if base.__name__ in RULES), None)
 
 
 def _unpack(router: Router, output) -> tuple[Tensor, Tensor, Tensor]:
-    if not (isinstance(output, tuple) and len(output) == 3 and output[1].shape == output[2].shape):
+    fits = isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
+    if not fits or output[1].shape != output[2].shape:
         raise ValueError(
-            f"{type(router.module).__name__} ({router.name}) did not return (logits, weights, expert ids), as it "
-            "does in transformers 5; install transformers>=5"
+            f"{type(router.module).__name__} did not return (logits, weights, expert ids), as it does in transformers 5.23; "
+            f"{version('transformers')} is installed"
         )
     return output
 
@@ -463,7 +475,7 @@ def record_routing(model: nn.Module, *, memory_limit: int = 256 * MIB, directory
 def _record_decoder_lm(model: nn.Module, routers: list[Router], store: _Store) -> list:
     """One hook on the model's output, which carries a Routing per layer; outside of what torch.compile has compiled."""
     _refuse_compiled(model)
-    names = list(inspect.signature(model.forward).parameters)
+    names = list(inspect.signature(DecoderLM.forward).parameters)[1:]  # a wrapper's own are (*args, **kwargs)
     sequences = _Sequences()
 
     @_outside_of_autograd
@@ -483,12 +495,7 @@ def _record_decoder_lm(model: nn.Module, routers: list[Router], store: _Store) -
 def _record_transformers(model: nn.Module, routers: list[Router], store: _Store) -> list:
     """Hooks on the routers, and on each module that contains all layers: the outermost one called is the forward."""
     for module in model.modules():
-        _refuse_compiled(module)
-        if type(module).__name__ == "OptimizedModule":
-            raise ValueError(
-                "the model was compiled by torch.compile, which may leave out hooks; give record_routing the original "
-                "model (compiled._orig_mod), and call that one inside the context"
-            )
+        _refuse_compiled(module, also="OptimizedModule")
     forward = _Forward()
     sequences = _Sequences()
 
@@ -516,7 +523,10 @@ def _record_transformers(model: nn.Module, routers: list[Router], store: _Store)
             return
         missing = [router.layer for router in routers if router.layer not in forward.decisions]
         if missing:
-            raise ValueError(f"layer {missing[0]} did not call its router ({type(routers[0].module).__name__})")
+            raise ValueError(
+                f"layer {missing[0]} made no routing: what was called is a compiled copy of the model, or uses a kernel in "
+                f"place of {type(routers[0].module).__name__}; call the plain model inside the context"
+            )
         tokens_BT, shape, cache = forward.tokens_BT, forward.shape, forward.cache
         first = sequences.first_of(cache, forward.past, shape[0])
         sequences.remember(getattr(output, "past_key_values", None), first, shape[0])
@@ -625,9 +635,10 @@ def _outside_of_autograd(hook: Callable) -> Callable:
     return torch.inference_mode(False)(torch.no_grad()(hook))
 
 
-def _refuse_compiled(module: nn.Module) -> None:
-    if module._compiled_call_impl is not None:
+def _refuse_compiled(module: nn.Module, also: str = "") -> None:
+    """Compiled code may leave out hooks that were registered after it was made."""
+    if module._compiled_call_impl is not None or type(module).__name__ == also:
         raise ValueError(
-            f"{type(module).__name__}.compile() was called, and hooks on it are not reliable; record the model before "
-            "that, or (DecoderLM only) use torch.compile(model) and record what it returns"
+            f"{type(module).__name__} is compiled, and hooks inside it may be left out: record and call the model that "
+            "is not compiled, or a DecoderLM compiled as a whole by torch.compile(model)"
         )
