@@ -119,6 +119,42 @@ def test_each_run_is_what_it_says():
     assert equal(weights_of(control), weights_of(expected)), "the parent of seed 0, on data of another order"
 
 
+def test_the_routing_is_kept_while_the_moe_is_trained():
+    """Evaluations after 0, 2 and 4 updates, and 1 among the first; on the same probe whenever it is asked for."""
+    series = load_series("tiny")
+    tokens_BT, domains = series.probe()
+    assert tokens_BT.shape[1] == 32 and len(domains) == len(tokens_BT)
+    assert set(domains) <= series.domain_streams().keys() and len(set(domains)) > 1
+    assert all(torch.equal(a, b) for a, b in zip(series.probe()[0], load_series("tiny").probe()[0]))
+    for name in set(domains):
+        text = " ".join(map(str, series.domain_streams()[name].tokens))
+        mine = [" ".join(map(str, row.tolist())) for row, domain in zip(tokens_BT, domains) if domain == name]
+        assert len(mine) == 4 and all(row in text for row in mine), "windows of that domain"
+
+    moe, _ = series.moe(seed=1, **QUIET)
+    (folder,) = (artifacts_dir() / "runs").glob("moe-*/")
+    written = (folder / "snapshots.safetensors").stat().st_mtime_ns
+    snapshots = load_series("tiny").moe_snapshots(seed=1, **QUIET)
+    assert (folder / "snapshots.safetensors").stat().st_mtime_ns == written, "loaded, not trained again"
+    assert snapshots.steps.tolist() == [0, 1, 2, 4]
+    assert torch.equal(snapshots.probe_BT, tokens_BT)
+    assert torch.equal(snapshots.expert_ids[-1, 1], moe(tokens_BT).routings[1].expert_ids_NK)
+    assert not torch.equal(series.moe_snapshots(seed=0, **QUIET).expert_ids, snapshots.expert_ids)
+
+
+def test_a_run_from_before_there_were_snapshots():
+    series, seen = load_series("tiny"), []
+    moe, result = series.moe(callbacks=[lambda step, model, row: seen.append(step)], **QUIET)
+    assert seen == [0, 2, 4], "other callbacks are called, too"
+    (folder,) = (artifacts_dir() / "runs").glob("moe-*/")
+    (folder / "snapshots.safetensors").unlink()
+    snapshots = series.moe_snapshots(**QUIET)
+    assert snapshots.steps.tolist() == [0, 1, 2, 4]
+    again, second = series.moe(**QUIET)
+    assert equal(weights_of(moe), weights_of(again))
+    assert second.final_loss == result.final_loss
+
+
 def test_another_setting_is_another_run(monkeypatch):
     weights, names = [], []
     for preset, seed in (
@@ -151,6 +187,7 @@ def test_a_local_corpus(local_corpus, monkeypatch):
     assert len(series.corpus["train"]) + len(series.corpus["validation"]) == 300
     assert series.floor is None
     assert series.domain_streams() == {}
+    assert series.moe_snapshots(**QUIET).domains == ("validation",)
     _, result = series.moe(**QUIET)
     assert np.isfinite(result.final_loss)
 

@@ -183,6 +183,28 @@ def test_evaluation_and_callbacks_do_not_shift_dropout():
     assert distance(plain, other) > 1e-4
 
 
+def test_a_callback_may_ask_for_more_updates():
+    """Besides the evaluations after 0, 4 and 8: row only where one was due (each second update), always in eval mode."""
+
+    class Watch:
+        calls = ()
+
+        def due(self, step):
+            return step in (1, 4, 6)
+
+        def __call__(self, step, model, row):
+            self.calls += ((step, row and row["step"], bool(row and row["val_loss"]), model.training),)
+            torch.rand(3)
+
+    plain, watched = make_moe(dropout=0.5), make_moe(dropout=0.5)
+    run(plain)
+    train(watched, make_stream(), make_stream(200, seed=1), make_config(), callbacks=[watch := Watch()], **QUIET)
+    assert distance(plain, watched) == 0
+    assert watch.calls == (
+        (0, 0, True, False), (1, None, False, False), (4, 4, True, False), (6, 6, False, False), (8, 8, True, False)
+    )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 

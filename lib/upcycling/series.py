@@ -20,6 +20,7 @@ import torch
 
 from .config import PRESETS, ModelConfig, Preset, TrainConfig
 from .model import DecoderLM
+from .snapshots import RoutingSnapshots
 from .training import TrainResult, train
 from .transfer import upcycle
 
@@ -120,17 +121,33 @@ class Series:
             for name, indices in by_domain.items()
         }
 
+    def probe(self) -> tuple[torch.Tensor, list[str]]:
+        """Some fixed windows of the validation split, for looking at: (tokens_BT, the domain of each window).
+
+        Four windows of each domain, or 20 of "validation" where there are no domains.
+        """
+        context = self.preset.model.seq_len
+        streams = {name: stream for name, stream in self.domain_streams().items() if len(stream) > context}
+        streams = streams or {"validation": self.validation_stream}
+        count, length = (4 if len(streams) > 1 else 20), min(context, len(self.validation_stream) - 1)
+        windows = [stream.random_windows(count, length, seed=0, step=0)[0] for stream in streams.values()]
+        return torch.cat(windows), [name for name in streams for _ in range(count)]
+
     def trained(self, model: DecoderLM, config: TrainConfig, label: str, **options) -> TrainResult:
         """Train `model` in place with `config`, or load the result where the same run was made before."""
+        folder = self._folder(model, config, label)
+        with _only_one(folder):
+            return train(model, self.train_stream, self.validation_stream, config, directory=folder, **options)
+
+    def _folder(self, model: DecoderLM, config: TrainConfig, label: str) -> Path:
+        """Where the run of `config` that starts from these weights lies."""
         start = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             start.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         key = key_of(
             model.config.to_dict(), asdict(config), self.train_stream.key, self.validation_stream.key, start.hexdigest()
         )
-        folder = artifacts_dir() / "runs" / f"{label}-{key}"
-        with _only_one(folder):
-            return train(model, self.train_stream, self.validation_stream, config, directory=folder, **options)
+        return artifacts_dir() / "runs" / f"{label}-{key}"
 
     def dense_parent(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
         """The dense model of notebook 02, trained on the preset's first budget."""
@@ -147,9 +164,24 @@ class Series:
 
     def moe(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
         """The parent upcycled and trained on for the preset's second budget; `seed` draws the routers and the data."""
+        model, result, _ = self._moe(seed, **options)
+        return model, result
+
+    def moe_snapshots(self, seed: int = 0, **options) -> RoutingSnapshots:
+        """How the routing of `moe(seed)` came about: its decisions on `probe()` during training."""
+        return self._moe(seed, **options)[2]
+
+    def _moe(self, seed: int, callbacks=(), **options) -> tuple[DecoderLM, TrainResult, RoutingSnapshots]:
         dense, _ = self.dense_parent(verbose=False, progress=options.get("progress", True))
-        model = upcycle(dense, self.preset.moe, seed=seed)
-        return model, self.trained(model, self._second_phase(seed), "moe", **options)
+        model, config = upcycle(dense, self.preset.moe, seed=seed), self._second_phase(seed)
+        tokens_BT, domains = self.probe()
+        folder = self._folder(model, config, "moe")
+        with _only_one(folder):
+            snapshots = RoutingSnapshots(tokens_BT, folder / "snapshots.safetensors", labels=domains)
+            # A run that was made without snapshots is made again; on the same machine it comes out the same.
+            options = dict(resume=len(snapshots) > 0, callbacks=[*callbacks, snapshots]) | options
+            result = train(model, self.train_stream, self.validation_stream, config, directory=folder, **options)
+        return model, result, snapshots
 
     def moe_from_scratch(self, steps: int, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
         """An MoE of the same shape that never had a parent, trained for `steps` updates in one phase."""

@@ -62,7 +62,8 @@ def train(
     since the last row; aux_loss over layers, too; None where there is none), val_loss (None if not evaluated),
     grad_norm (before clipping), learning_rate (of that update), seconds and cpu_seconds (so far, of training alone,
     without evaluation and checkpoints), tokens_per_second (since the last row). Step 0 is the model as given.
-    `callbacks` are called as `callback(step, model, row)` on the main process after each evaluation.
+    `callbacks` are called as `callback(step, model, row)` on the main process after each evaluation; one that has a
+    method `due(step)` is called after the updates for which that is true, too (row is None where none was due).
 
     With a `directory` a killed run resumes where its last checkpoint stands, on a CPU bit for bit (on a GPU as exactly
     as its kernels repeat); a finished one returns its result at once. The caller's random state is left as it was.
@@ -143,7 +144,8 @@ class _Run:
         )  # fmt: skip
         with bar:
             if self.step == 0:
-                self._record(self._row({}), callbacks, verbose, bar)
+                self._record(row := self._row({}), True, verbose, bar)
+                self._call(callbacks, row, True)
             self.wrapped.train()
             while self.step < config.steps:
                 stats = self._update()
@@ -152,8 +154,10 @@ class _Run:
                 bar.update()
                 rate = self.row_tokens / max(self.seconds - self.row_seconds, 1e-9)
                 bar.set_postfix_str(f"loss {stats['loss']:.3f}, {rate:,.0f} tok/s", refresh=False)
-                if evaluated or _due(self.step, config.log_every):
-                    self._record(self._row(stats), callbacks if evaluated else None, verbose, bar)
+                row = self._row(stats) if evaluated or _due(self.step, config.log_every) else None
+                if row is not None:
+                    self._record(row, evaluated, verbose, bar)
+                self._call(callbacks, row, evaluated)
                 if self.directory is not None and (done or _due(self.step, config.checkpoint_every)):
                     self._save()
         return TrainResult(self.history, self.val_loss, self.best_loss, self.seconds)
@@ -253,11 +257,11 @@ class _Run:
         self.row_updates = self.row_tokens = 0
         self.row_seconds = self.seconds
 
-    def _record(self, row: dict, callbacks, verbose, bar) -> None:
-        """Complete a row (with a validation loss unless `callbacks` is None), keep, print, write and track it."""
+    def _record(self, row: dict, evaluated: bool, verbose, bar) -> None:
+        """Complete a row (with a validation loss if it is to be `evaluated`), keep, print, write and track it."""
         config, accelerator = self.config, self.accelerator
         improved = False
-        if callbacks is not None:
+        if evaluated:
             row["val_loss"] = self.val_loss = evaluate(
                 self.model, self.validation_stream, batch_size=config.eval_batch_size, accelerator=accelerator
             )
@@ -273,14 +277,18 @@ class _Run:
             self._append(row)
             if improved:
                 save_model(self.model, self.directory / "best.safetensors", step=self.step, val_loss=self.val_loss)
-        if callbacks is None:
-            return
-        if verbose:
+        if evaluated and verbose:
             trained = "    –" if row["loss"] is None else f"{row['loss']:.3f}"
             bar.write(f"step {self.step:>4}/{config.steps}  train {trained}  val {self.val_loss:.3f}")
+
+    def _call(self, callbacks, row: dict | None, evaluated: bool) -> None:
+        """Call the callbacks whose turn it is, in eval mode and with random numbers of their own."""
+        mine = [call for call in callbacks if evaluated or (hasattr(call, "due") and call.due(self.step))]
+        if not mine or not self.accelerator.is_main_process:
+            return
         self.model.eval()
-        with _private_random_numbers(accelerator.device):
-            for callback in callbacks:
+        with _private_random_numbers(self.accelerator.device):
+            for callback in mine:
                 callback(self.step, self.model, row)
         self.model.train()
 
