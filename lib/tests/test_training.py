@@ -184,7 +184,7 @@ def test_evaluation_and_callbacks_do_not_shift_dropout():
 
 
 def test_a_callback_may_ask_for_more_updates():
-    """Besides the evaluations after 0, 4 and 8: row only where one was due (each second update), always in eval mode."""
+    """Besides the evaluations after 0, 4 and 8: row only where one was due (each 2nd update), always in eval mode."""
 
     class Watch:
         calls = ()

@@ -88,7 +88,7 @@ class RoutingSnapshots:
             _write(self.path, self._kept | {"probe_BT": self.probe_BT}, header)
 
     def trace(self, index: int):
-        """Snapshot number `index` as a RoutingTrace; its logits are log probabilities, which is right but for a shift."""
+        """Snapshot number `index` as a RoutingTrace; its logits are log probabilities, right but for a shift."""
         from .routing import RoutingTrace
 
         probabilities_LNE = self.probabilities[index]
