@@ -1,19 +1,19 @@
-"""The rules: which stock transformers MoE class computes the same function as a dense model, and how its tensors are made.
+"""The rules: which stock transformers MoE class computes the same function as a dense model, and how to make its tensors.
 
-A family is one function `rule(fields) -> Target`. It reads a dense configuration through `Fields`, where every field must
-be carried, replaced, required or dropped *by name* (whatever is left over and not at its default is an error), and returns
+A family is one function `rule(fields) -> Target`. It reads a dense configuration through `Fields`, where every field has
+to be carried, replaced, required or dropped *by name* (what is left over and not at its default is an error), and returns
 the MoE class together with a table of its tensors, in the names that `save_pretrained` writes:
 
     {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": expert("model.layers.{layer}.mlp.gate_proj.weight"),
      "model.layers.{layer}.mlp.gate.weight": router()}
 
-A target tensor that the table does not name is a copy of the source tensor of the same name. So a rule is stated per target
-tensor, with the source tensors that it is made from: the in-memory path and the streaming one (shard by shard) carry out the
-same list, `build(target, …) -> list[TargetTensor]`, which fails by name when a source tensor is used by no target, or a
-target has no source. Everything here works on configurations and shapes; no weight is read.
+A target tensor that the table does not name is a copy of the source tensor of the same name. So a rule is stated per
+target tensor, with the source tensors that it is made from, and the in-memory path and the streaming one (shard by shard)
+carry out the same list: `build(target, …) -> tuple[TargetTensor, …]`. It fails by name when a source tensor is used by no
+target, or a target has no source. All of this works on configurations and shapes; no weight is read.
 
-To add a family: write its function, add it to a module's `FAMILIES` (model_type -> rule). `refuse(reason, nearest)` ends a
-rule where no stock class fits. The mapping and its traps are measured in `tests/test_pretrained.py`.
+To add a family: write its function and add it to a module's `FAMILIES` (model_type -> rule), and a line of tiny
+configurations to `tests/tiny_families.json`. `refuse(reason, nearest)` ends a rule where no stock class fits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy as _copy
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,10 +80,7 @@ class Fields:
         self.drop(*INFORMATIONAL, because="informational")
         self.require("is_encoder_decoder", False, because="only decoders are known here")
         if self.values.get("quantization_config") is not None:
-            refuse(
-                "its weights are quantised (quantization_config)",
-                "dequantise it first: load it, call .dequantize(), save it",
-            )
+            refuse("quantization_config: its weights are quantised", "load it, call .dequantize(), save it")
         self.carry(*COMMON)
 
     def __getitem__(self, name: str):
@@ -125,11 +123,11 @@ class Fields:
         self.target.update(target)
 
     def rope(self, *, layer_types: tuple[str, ...] = ()) -> None:
-        """Carry `rope_parameters`, theta included (the target's own default is another one); once per layer type if given."""
+        """Carry `rope_parameters` with its theta (the target's default is another one); once per layer type if given."""
         rope = _copy.deepcopy(self.values["rope_parameters"])
-        if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        if rope.get("partial_rotary_factor") not in (None, 1):
             refuse(
-                f"partial_rotary_factor={rope['partial_rotary_factor']} cannot be kept: {type(self.config).__name__}'s layers ignore it"
+                f"rope_parameters: partial_rotary_factor={rope['partial_rotary_factor']} is not a field of this family"
             )
         rope.pop("partial_rotary_factor", None)
         self.target["rope_parameters"] = {kind: _copy.deepcopy(rope) for kind in layer_types} if layer_types else rope
@@ -142,7 +140,7 @@ class Fields:
             if name not in self.account:
                 if value is not None and defaults.get(name, _ABSENT) != value:
                     refuse(
-                        f"the field {name}={value!r} of {type(self.config).__name__} is unknown here and could change the model",
+                        f"the field {name}={value!r} is not known for {type(self.config).__name__} and could change it",
                         "take it out of config.json if it does not",
                     )
                 self.account[name] = "left out: at its default"
@@ -221,7 +219,7 @@ class TargetTensor:
 
     @torch.no_grad()
     def make(self, *sources: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, in `dtype` (default: the sources' own, float32 for a new one). Raises ValueError on a wrong shape."""
+        """The tensor, in `dtype` (default: the source's own; float32 for a new one). ValueError on a wrong shape."""
         if self.kind == "router":
             made = self.how.router_std * self.how.normal(self.name, self.shape)
         elif self.kind == "new":
@@ -261,7 +259,7 @@ class MoEClass:
 
 @dataclass(frozen=True)
 class Target:
-    """What a rule returns. `tensors` overrides and adds to the class's table; `exact_up_to` tokens (None: any number)."""
+    """What a rule returns: `tensors` overrides the class's table; `exact_up_to` tokens it is exact (None: any number)."""
 
     moe: MoEClass
     tensors: Mapping[str, Rule] = field(default_factory=dict)
@@ -345,8 +343,8 @@ FLEX_OLMO = MoEClass(
     read_by_getattr=("head_dim",),
     engines={
         "transformers": "everything",
-        "vLLM": "un-normalised weights: equal at the start (the norm after the FFN takes the sum out), not after training with "
-        "norm_topk_prob=True; train with False for it",
+        "vLLM": "un-normalised weights, whose sum the norm after the FFN takes out at the start only: train with "
+        "norm_topk_prob=False for it",
         "llama.cpp": "as vLLM",
     },
 )
@@ -361,7 +359,7 @@ def llama(fields: Fields) -> Target:
     fields.require("rope_interleaved", False, because="Llama's layers rotate halves")
     fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
     if not fields["attention_bias"]:
-        fields.require("attention_bias", False, because="")
+        fields.drop("attention_bias", because="it is False, and Mixtral has none")
         return Target(MIXTRAL)
     # Mixtral has no attention biases; GraniteMoe is Llama's block with four multipliers, neutral here.
     fields.carry("attention_bias")
@@ -526,25 +524,22 @@ def configure(config, rule: Callable[[Fields], Target], *, num_experts: int, top
     return target, moe_config, fields.account
 
 
-def hub_shapes(config, class_name: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that `save_pretrained` writes for this class; no memory is allocated."""
-    import warnings
-
+def hub_shapes(config, class_name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(Name -> shape of every tensor that `save_pretrained` writes for this class, tied name -> its twin); on no memory."""
     import transformers
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = getattr(transformers, class_name)._from_config(_copy.deepcopy(config))
-    return {name: tuple(tensor.shape) for name, tensor in hub_tensors(model).items()}
+    return {name: tuple(tensor.shape) for name, tensor in hub_tensors(model).items()}, dict(model.all_tied_weights_keys)
 
 
 def hub_tensors(model) -> dict[str, Tensor]:
     """A model's tensors under the names that `save_pretrained` writes, a tied one once."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    tied = getattr(model, "all_tied_weights_keys", {})
     tensors = revert_weight_conversion(model, model.state_dict())
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+    return {name: tensor for name, tensor in tensors.items() if name not in model.all_tied_weights_keys}
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -555,7 +550,7 @@ def _pattern(name: str) -> re.Pattern:
 def build(
     target: Target, dense_shapes: Mapping[str, tuple], moe_shapes: Mapping[str, tuple], how: Initialisation
 ) -> tuple[TargetTensor, ...]:
-    """The list of target tensors, layer by layer. Raises ValueError naming a tensor without a source, or an unused source."""
+    """The target tensors, layer by layer. ValueError naming one without a source, or a source that nothing uses."""
     table = [(_pattern(name), rule) for name, rule in {**target.moe.tensors, **target.tensors}.items()]
     made = []
     for name, shape in moe_shapes.items():

@@ -1,8 +1,8 @@
 """A Hugging Face dense model in, a stock Hugging Face MoE with the same logits out; or the reason why not.
 
-`plan(config)` says which class and what has to be set, `upcycle_pretrained` carries it out in memory, `verify` compares the
-two models and gives a receipt. The rules themselves are in `families` and `more_families`; `conversion` carries the same
-plan out from file to file.
+`plan(config)` says which class and what has to be set, `upcycle_pretrained` carries it out in memory, `verify` compares
+the two models and gives a receipt. The rules are in `families` and `more_families`; `conversion` carries the same plan
+out from file to file.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ def plan(
     except Refusal as refusal:
         return Plan(source, None, refusal.reason, refusal.nearest)
     how = Initialisation(num_experts, router_std, init, noise, seed)
-    dense_shapes = hub_shapes(config, source)
-    tensors = build(target, dense_shapes, hub_shapes(moe_config, target.moe.name), how)
+    dense_shapes, tied = hub_shapes(config, source)
+    tensors = build(target, dense_shapes, hub_shapes(moe_config, target.moe.name)[0], how)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     moe_config.dtype = dtype
@@ -222,7 +222,7 @@ def plan(
     )
     if top_k == 1:
         notes.append("top_k=1 with renormalised weights: the weight is always 1, so the loss never moves the router")
-    if moe_config.hidden_act not in ("silu", "swish"):
+    if getattr(moe_config, "hidden_act", "silu") not in ("silu", "swish"):
         notes.append(
             f"hidden_act={moe_config.hidden_act!r}: vLLM and llama.cpp use SiLU in this class, so transformers only"
         )
@@ -230,7 +230,7 @@ def plan(
         source, target.moe.name, None, None, num_experts, top_k, chosen, router_std, init, noise, seed, dtype,
         settings=shown, account=account, engines={**target.moe.engines, **target.engines}, notes=tuple(notes),
         exact_up_to=target.exact_up_to, sizes=sizes, config=moe_config, tensors=tensors,
-        tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {},
+        tied=tied,
     )  # fmt: skip
 
 
@@ -266,6 +266,12 @@ def upcycle_pretrained(
         raise Refusal(f"{carried_out.source} has no stock MoE class: {carried_out.reason}", carried_out.nearest)
     weights = hub_tensors(dense)
     carried_out.check_sources(weights)
+    everything = dense.state_dict()
+    for name, twin in carried_out.tied.items():
+        if not torch.equal(everything[name], everything[twin]):
+            raise ValueError(
+                f"{name} is not {twin} although the configuration ties them; set tie_word_embeddings=False"
+            )
     made = {}
     for tensor in carried_out.tensors:
         # A source keeps its own dtype unless another is asked for; what is new has the model's.

@@ -215,10 +215,9 @@ def _pad(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
 def _greedy(model, ids_BT: Tensor, mask_BT: Tensor, new: int) -> Tensor:
     from transformers import GenerationConfig
 
-    plain = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+    plain = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, use_cache=True)
     return model.generate(
-        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=plain, use_cache=True,
-        **_router_off(model),
+        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=plain, **_router_off(model),
     ).cpu()  # fmt: skip
 
 
