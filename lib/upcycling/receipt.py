@@ -45,7 +45,9 @@ class Receipt:
     max_abs_diff: float
     tolerance: float
     checks: Mapping[str, float]  # comparison -> its largest difference
-    greedy_equal: bool  # the same greedily generated tokens (two candidates closer than the tolerance may swap)
+    greedy_equal: (
+        bool | None
+    )  # the same greedily generated tokens (two candidates within the tolerance may swap); None: not tried
     greedy: str  # what was generated, as text where there is a tokenizer
     probe: str
     settings: Mapping[str, Any]
@@ -54,7 +56,9 @@ class Receipt:
     passed: bool = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "passed", self.max_abs_diff <= self.tolerance and self.greedy_equal)  # False for NaN
+        object.__setattr__(
+            self, "passed", self.max_abs_diff <= self.tolerance and self.greedy_equal is not False
+        )  # a NaN fails
 
     def to_json(self) -> str:
         """The receipt as JSON, a NaN as a string."""
@@ -69,7 +73,7 @@ class Receipt:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"## Equality with the dense model\n\n{self._verdict()}\n\n| comparison | max \\|Δlogit\\| |\n|---|---|\n{rows}\n"
-            f"Greedy generation {'equal' if self.greedy_equal else 'NOT equal'}. Probe: {self.probe}. {versions}.\n"
+            f"Greedy generation {self._greedy_verdict()}. Probe: {self.probe}. {versions}.\n"
             + "".join(f"\n- {note}" for note in self.notes)
         )
 
@@ -77,10 +81,13 @@ class Receipt:
         verdict = "the same function" if self.passed else "NOT the same function"
         return f"{self.source} and {self.target}: {verdict}, max |Δlogit| {self.max_abs_diff:.1e}, tolerance {self.tolerance:.1e}"
 
+    def _greedy_verdict(self) -> str:
+        return {True: "equal", False: "NOT equal", None: "not tried"}[self.greedy_equal]
+
     def __str__(self) -> str:
         lines = [self._verdict()] + [f"  {name:14} {value:.1e}" for name, value in self.checks.items()]
         lines += [
-            f"  {'greedy':14} {'equal' if self.greedy_equal else 'NOT equal'}: {self.greedy!r}",
+            f"  {'greedy':14} {self._greedy_verdict()}: {self.greedy!r}",
             f"  probe: {self.probe}",
         ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
@@ -89,7 +96,7 @@ class Receipt:
         colour = "#00693e" if self.passed else "#a4001d"
         rows = "".join(f"<tr><td>{name}</td><td>{value:.1e}</td></tr>" for name, value in self.checks.items())
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in (self.probe, *self.notes))
-        greedy = f"greedy generation {'equal' if self.greedy_equal else 'NOT equal'}: {html.escape(repr(self.greedy))}"
+        greedy = f"greedy generation {self._greedy_verdict()}: {html.escape(repr(self.greedy))}"
         return (
             f"<b style='color:{colour}'>{html.escape(self._verdict())}</b>"
             f"<table><tr><th>comparison</th><th>max |Δlogit|</th></tr>{rows}</table>{greedy}<ul>{notes}</ul>"
