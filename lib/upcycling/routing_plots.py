@@ -42,12 +42,15 @@ def ink(colour) -> str:
 
 
 def printable(text: str, limit: int = 24) -> str:
-    r"""`text` for a figure, cut at `limit`: line breaks and tabs as ↵ and ⇥, what the font cannot show as \u{1F600}."""
+    r"""`text` for a figure, cut at `limit`: line breaks and tabs as ↵ and ⇥, what the font cannot show as \u{1F600}.
+
+    Text without anything to see is shown as ␣ for each blank, or ∅.
+    """
     text = str(text)
     shown = "".join(_shown(character) for character in text[:limit])
     if len(text) > limit or len(shown) > limit:
         shown = shown[: limit - 1] + "…"
-    return shown if shown.strip() else "␣" * len(shown)
+    return shown if shown.strip() else "␣" * len(shown) or "∅"
 
 
 @lru_cache(maxsize=4096)
@@ -347,8 +350,9 @@ def plot_coactivation(
     """Experts on a circle, joined where two are chosen together more often than by chance; wider is more often.
 
     `strength_EE` is what `metrics.coactivation` returns (of each pair the larger side counts, the diagonal does not);
-    `chance`, (K-1)/(E-1) there, is a number or anything that broadcasts to (E, E). Discs grow with `load_E`. Of more than `max_edges` the strongest are
-    drawn, and the title says so. `vmax` is the strength of the widest edge. Raises ValueError for a matrix not square.
+    `chance`, (K-1)/(E-1) there, is a number or anything that broadcasts to (E, E). Discs grow with `load_E`. Of more
+    than `max_edges` the strongest are drawn, and the title says so. `vmax` is the strength of the widest edge.
+    Raises ValueError for a matrix that is not square.
     """
     from matplotlib.collections import LineCollection
 
@@ -435,7 +439,8 @@ def plot_flow(
 
     A bar is an expert, as high as its share of the combine weights (see `layer_flows`), its number in it; ribbons lead
     to the next layer's experts. Left out are bars below `least` (a share) and, between two layers, all ribbons but the
-    strongest `max_ribbons`; the axis says how much of the weight the drawn ones carry. Raises ValueError where the shapes do not fit.
+    strongest `max_ribbons`; the axis says how much of the weight the drawn ones carry.
+    Raises ValueError where the shapes do not fit.
     """
     from matplotlib.collections import PatchCollection, PathCollection
     from matplotlib.patches import Rectangle
@@ -464,7 +469,7 @@ def plot_flow(
         leave_EE = top_LE[layer][:, None] + flow_EE.cumsum(1) - flow_EE
         arrive_EE = top_LE[layer + 1] + flow_EE.cumsum(0) - flow_EE
         seen_EE = np.where(np.outer(share_LE[layer] >= least, share_LE[layer + 1] >= least), flow_EE, 0)
-        strongest = np.argsort(-seen_EE, axis=None, kind="stable")[:max_ribbons]
+        strongest = np.argsort(-seen_EE, axis=None, kind="stable")[: min(max_ribbons, np.count_nonzero(seen_EE))]
         for e, f in zip(*np.unravel_index(strongest, seen_EE.shape)):
             a, b, thick = leave_EE[e, f], arrive_EE[e, f], flow_EE[e, f]
             left, middle, right = layer + half, layer + 0.5, layer + 1 - half
@@ -479,7 +484,7 @@ def plot_flow(
     _strings(axes, *zip(*numbers), 7.5, zorder=3)
     if shares:
         _strings(axes, *zip(*shares), "black", 6.5, zorder=3)
-    axes.set(xlim=(-0.3, len(layers) - 0.5), ylim=(1 + (used - 1) * gap, 0), yticks=[])
+    axes.set(xlim=(-0.3, len(layers) - 0.5), ylim=(1.01 + (used - 1) * gap, -0.01), yticks=[])
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     part = "" if len(layers) == 1 else f" (ribbons: {100 * drawn / len(flow_LEE):.0f} % of the weight)"
     axes.set_xlabel("MoE layer" + part)
