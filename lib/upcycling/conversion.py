@@ -18,7 +18,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +27,12 @@ from torch import Tensor
 from . import __version__
 from .checkpoint import write_text
 from .families import Refusal, TargetTensor, hub_shapes
-from .pretrained import Plan, plan, read_config
-from .weight_files import CODES, COMPANIONS, WeightFiles, open_source
+from .layerwise import verify_layerwise
+from .model_card import model_card, receipt_record
+from .pretrained import Plan, _quiet, plan, read_config
+from .receipt import Receipt
+from .receipt import verify as verify_models
+from .weight_files import CODES, COMPANIONS, WeightFiles, load_tokenizer, open_source
 
 MAX_SHARD_SIZE = 2 * 10**9  # bytes; transformers loads several files no slower than one
 VERIFY_MEMORY = 2 * 10**9  # bytes; a pair of models that needs more in float32 is verified layer by layer
@@ -91,6 +95,7 @@ class Shard:
         digest = hashlib.sha256(self.header)
         with open(temporary, "wb") as file:
             file.write(self.header)
+            bar.update(len(self.header))
             for entry in self.entries:
                 data = entry.make(source).reshape(-1).view(torch.uint8).numpy()
                 file.write(data)
@@ -128,6 +133,15 @@ class Conversion:
     plan: Plan
     shards: tuple[Shard, ...]
     settings: dict  # what a resumed run must share
+
+    @property
+    def from_hub(self) -> bool:
+        return Path(self.name).expanduser() != self.source.folder
+
+    @property
+    def title(self) -> str:
+        """The dense model's name for receipt and card, without the folders of this computer."""
+        return self.name if self.from_hub else self.source.folder.resolve().name
 
     @property
     def partial(self) -> Path:
@@ -180,17 +194,25 @@ class Conversion:
             f"memory    {gigabytes(self.memory)} beside what Python and torch take",
         ])  # fmt: skip
 
-    def run(self, *, verify: bool = True, verify_memory: int = VERIFY_MEMORY, progress: bool = True):
-        """Carry it out; see `convert`."""
+    def check_disk(self) -> None:
+        """Raises OSError when the disk is too small for what still has to be written."""
         if self.needed > self.free:
             raise OSError(
                 f"{self.out} needs {gigabytes(self.needed)} but the disk has {gigabytes(self.free)} free; free some, or "
                 "choose another folder, fewer experts or layers, or a smaller dtype"
             )
-        _write_weights(self, _open_partial(self), progress)
+
+    def run(self, *, verify: bool = True, verify_memory: int = VERIFY_MEMORY, progress: bool = True) -> Receipt | None:
+        """Carry it out; see `convert`."""
+        self.check_disk()
+        digests = _write_weights(self, _open_partial(self), progress)
         _write_companions(self)
         receipt = _verify(self, verify_memory, progress) if verify else None
-        write_text(self.partial / RECEIPT, json.dumps(_record(self, receipt), indent=2) + "\n")
+        if receipt is not None and not receipt.passed and self.plan.init == "copy":
+            raise ValueError(
+                f"{receipt._verdict()}; {_remedy(self)} (what was written is in {self.partial}: delete it)"
+            )
+        write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
         write_text(self.partial / "README.md", model_card(self, receipt))
         # From here on the folder loads, and may: it is complete and verified.
         os.replace(self.partial / PENDING, self.partial / "config.json")
@@ -226,7 +248,7 @@ def prepare(
     if chosen.target is None:
         raise Refusal(f"{chosen.source} has no stock MoE class: {chosen.reason}", chosen.nearest)
     chosen.check_sources(source.names)
-    for name, shape in hub_shapes(config, chosen.source).items():
+    for name, shape in hub_shapes(config, chosen.source)[0].items():
         if source.shapes[name] != shape:
             raise ValueError(
                 f"{name} is {source.shapes[name]} in the weights but {shape} by the configuration of {folder}"
@@ -293,22 +315,24 @@ def _write_manifest(job: Conversion, finished: dict[str, str]) -> None:
     write_text(job.partial / MANIFEST, json.dumps({"settings": job.settings, "shards": finished}) + "\n")
 
 
-def _write_weights(job: Conversion, finished: dict[str, str], progress: bool) -> None:
+def _write_weights(job: Conversion, finished: dict[str, str], progress: bool) -> dict[str, str]:
+    """Write the weight files that are not finished; return the SHA-256 of all."""
     with _bar(job, "writing", progress) as bar:
         for shard in job.shards:
             if shard.file in finished:
-                bar.update(sum(entry.bytes for entry in shard.entries))
-                continue
-            digest = shard.write(job.partial, job.source, bar)
-            finished = finished | {shard.file: digest}
-            _write_manifest(job, finished)
+                bar.update(shard.bytes)
+            else:
+                finished = finished | {shard.file: shard.write(job.partial, job.source, bar)}
+                _write_manifest(job, finished)
+    return finished
 
 
 def _bar(job: Conversion, what: str, progress: bool):
     from tqdm.auto import tqdm
 
-    total = sum(entry.bytes for shard in job.shards for entry in shard.entries)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
+    return tqdm(
+        total=sum(shard.bytes for shard in job.shards), desc=what, unit="B", unit_scale=True, disable=not progress
+    )
 
 
 def _write_companions(job: Conversion) -> None:
@@ -331,3 +355,50 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
+    """Read back what was written: every tensor's bytes, then the function, as a whole or layer by layer."""
+    written = WeightFiles(job.partial)
+    with _bar(job, "verifying tensors", progress) as bar:
+        for shard in job.shards:
+            for entry in shard.entries:
+                planned, found = (
+                    t.reshape(-1).view(torch.uint8) for t in (entry.make(job.source), written[entry.name])
+                )
+                if not torch.equal(planned, found):
+                    raise OSError(
+                        f"{entry.name} was not read back from {shard.file} as it was written: is the disk broken?"
+                    )
+                bar.update(entry.bytes)
+    sizes = job.plan.sizes
+    if 4 * (sizes.dense + sizes.moe) <= memory:
+        receipt = _verify_whole(job)
+    else:
+        config = read_config(job.source.folder)
+        config.architectures = [job.plan.source]
+        receipt = verify_layerwise(
+            job.source, written, config, job.plan.config, job.plan.dtype, progress=progress
+        )  # fmt: skip
+        size = gigabytes(4 * (sizes.dense + sizes.moe))
+        receipt = replace(receipt, notes=(*receipt.notes, f"layer by layer, because both models together take {size}"))
+    if job.plan.init != "copy":
+        receipt = replace(receipt, notes=(*receipt.notes, f"init={job.plan.init!r} is meant to change the function"))
+    return receipt
+
+
+def _verify_whole(job: Conversion) -> Receipt:
+    import transformers
+
+    load, dtype = transformers.AutoModelForCausalLM.from_pretrained, job.plan.dtype
+    with _quiet():
+        dense = load(job.source.folder, dtype=dtype).float()
+        moe = load(job.partial, config=read_config(job.partial / PENDING), dtype=dtype).float()
+    return verify_models(dense, moe, load_tokenizer(job.source.folder))
+
+
+def _remedy(job: Conversion) -> str:
+    changed = any(entry.tensor.rule.transform is not None for shard in job.shards for entry in shard.entries)
+    if changed and job.plan.dtype != torch.float32:
+        return f"some weights had to be changed and {job.plan.dtype} rounds them: convert to float32"
+    return "the conversion's rules do not fit this model: report its config.json"

@@ -117,3 +117,14 @@ def open_source(model) -> Path:
 
 def _is_hub_name(text: str) -> bool:
     return re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", text) is not None
+
+
+def load_tokenizer(folder):
+    """Return the folder's tokenizer, or None where there is none (a model works without)."""
+    from transformers import AutoTokenizer
+
+    if not any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
