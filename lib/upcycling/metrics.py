@@ -110,7 +110,7 @@ def domain_divergence(share_CE: Tensor) -> Tensor:
     """Mean over pairs of domains of the Jensen-Shannon divergence of their expert loads, in bits.
 
     Rows are divided by their sums first, so both `domain_specialization` and raw counts will do. JSD is
-    H((p+q)/2) - (H(p)+H(q))/2 (Lin 1991, section IV). Range 0 (domains are routed alike) .. 1 (no expert in common).
+    H((p+q)/2) - (H(p)+H(q))/2. Range 0 (domains are routed alike) .. 1 (no expert in common).
     Classes without tokens are left out; NaN with fewer than two. Uniform and shuffled: above 0, about
     (E-1) / (8 ln 2) * (1/n_1 + 1/n_2) bits for two domains of n choices each, so compare with `shuffled_baseline`.
     """
@@ -122,7 +122,7 @@ def domain_divergence(share_CE: Tensor) -> Tensor:
 
 
 def jensen_shannon(p_E: Tensor, q_E: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two distributions over experts, in bits, 0..1 (Lin 1991, section IV)."""
+    """Jensen-Shannon divergence of two distributions over experts, in bits, 0..1 (Lin 1991)."""
     # rounding may leave a difference of equal entropies just below 0; NaN passes through clamp
     return (_entropy((p_E + q_E) / 2) - (_entropy(p_E) + _entropy(q_E)) / 2).clamp(0, 1)
 
