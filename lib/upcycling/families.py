@@ -248,6 +248,7 @@ class MoEClass:
     name: str  # XForCausalLM
     tensors: Mapping[str, Rule]
     expert_width: str = "intermediate_size"  # the field with the experts' FFN width
+    top_k: str = "num_experts_per_tok"  # the field with the number of experts per token
     settings: Mapping[str, Any] = field(default_factory=dict)
     dense_layers: str | None = (
         None  # "mlp_only_layers" (indices) or "mlp_layer_types" ("dense"/"sparse"): how some stay dense
@@ -498,7 +499,7 @@ def configure(config, rule: Callable[[Fields], Target], *, num_experts: int, top
     target = rule(fields)
     fields.finish()
     moe, depth = target.moe, config.num_hidden_layers
-    settings = {**moe.settings, "num_experts_per_tok": num_experts and top_k}
+    settings = {**moe.settings, moe.top_k: top_k}
     if len(layers) < depth:
         if moe.dense_layers is None:
             refuse(

@@ -18,7 +18,7 @@ import torch
 
 from . import families
 from .families import Initialisation, Refusal, TargetTensor, build, configure, hub_shapes, hub_tensors
-from .receipt import Receipt, verify
+from .receipt import Receipt, fits_grouped_mm, use_eager_if_needed, verify
 
 __all__ = ["Plan", "Receipt", "Sizes", "plan", "read_config", "upcycle_pretrained", "verify"]
 
@@ -186,7 +186,7 @@ def plan(
             f"the family {kind!r} is not known here",
             f"add a rule for it; known: {', '.join(sorted(rules))}",
         )
-    depth = config.num_hidden_layers
+    depth = config.get_text_config().num_hidden_layers  # of a model with several parts, its text part
     chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"layers={list(chosen)}; choose some of 0..{depth - 1}")
@@ -220,6 +220,11 @@ def plan(
         if getattr(moe_config, "output_router_logits", False)
         else [NO_BALANCE_LOSS.format(target.moe.name)]
     )
+    if not all(fits_grouped_mm(t.shape, dtype) for t in tensors if t.kind in ("expert", "experts")):
+        notes.append(
+            f"the widths are no multiples of {16 // dtype.itemsize}, which transformers' grouped_mm needs in {_name(dtype)}: "
+            "call model.set_experts_implementation('eager') after loading"
+        )
     if top_k == 1:
         notes.append("top_k=1 with renormalised weights: the weight is always 1, so the loss never moves the router")
     if getattr(moe_config, "hidden_act", "silu") not in ("silu", "swish"):
@@ -289,6 +294,7 @@ def upcycle_pretrained(
     wrong = [name for names in loading.values() for name in names]
     if wrong:
         raise ValueError(f"transformers did not take {wrong[0]} into {carried_out.target} ({len(wrong)} such tensors)")
+    use_eager_if_needed(moe)
     moe.generation_config = copy.deepcopy(dense.generation_config)
     return moe.to(dense.device).train(dense.training)
 
