@@ -19,6 +19,7 @@ from upcycling.intervention import (
 )
 from upcycling.model import DecoderLM
 from upcycling.moe import experts_loop, route
+from upcycling.routing import record_routing
 
 SIZES = dict(vocab_size=50, d_model=16, n_layers=3, n_heads=2, d_ff=8, seq_len=12)
 MOE = MoEConfig(num_experts=6, top_k=2, router_std=1.0)
@@ -168,7 +169,7 @@ def test_errors(wrong, message):
 def test_dense_model():
     dense = DecoderLM(ModelConfig.smol(**SIZES))
     for use in (lambda: intervene(dense).__enter__(), lambda: knockout(dense, {})):
-        with pytest.raises(ValueError, match="the model is dense: it has no router"):
+        with pytest.raises(ValueError, match="DecoderLM has no MoE layer; upcycle it first"):
             use()
 
 
@@ -271,3 +272,108 @@ def test_chance_says_what_a_random_deal_gives():
     assert spreads_LE[0, 0] > 2 * _chance_spreads(served_LEW, tokens_W, domain_W)
     assert spreads_LE[0, 1] < chance
     assert spreads_LE[0, 2] == 0
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+HF = dict(
+    vocab_size=50, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=32, pad_token_id=0,
+)  # fmt: skip
+FAMILIES = {
+    "Mixtral": dict(num_local_experts=6),
+    "Qwen3Moe": dict(num_experts=6, norm_topk_prob=False),
+    "Olmoe": dict(num_experts=6),
+    "GraniteMoe": dict(num_local_experts=6),
+    "GptOss": dict(num_local_experts=6),
+    "DeepseekV3": dict(
+        n_routed_experts=6, head_dim=4, n_group=3, topk_group=2, first_k_dense_replace=1, num_hidden_layers=3,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_shared_experts=1,
+    ),
+}  # fmt: skip
+
+
+def hf_model(family):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**HF | FAMILIES[family])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "router" in name or "gate.weight" in name or "correction_bias" in name:
+                tensor.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers(family):
+    """The same on each router class, seen by a recording that was entered before the intervention."""
+    model, (tokens_BT, targets_BT) = hf_model(family), tokens()
+    layer = model.config.num_hidden_layers - 1
+    before = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+    expected = model(tokens_BT).logits
+
+    def used(**changes):
+        with record_routing(model) as trace, intervene(model, **changes):
+            logits = model(tokens_BT).logits
+        return [set(ids.flatten().tolist()) for ids in trace.expert_ids], trace, logits
+
+    everybody, plain, logits = used()
+    assert torch.equal(logits, expected)
+    assert torch.equal(used(temperature=1.0, top_k=2, remove=[])[2], expected)
+    assert 3 in everybody[-1], "or there would be nothing to remove"
+
+    ids, trace, logits = used(remove={layer: [3]})
+    assert ids[:-1] == everybody[:-1] and ids[-1] == everybody[-1] - {3} | (ids[-1] - everybody[-1])
+    without_3 = ~(plain.expert_ids[-1] == 3).any(-1)
+    if family != "DeepseekV3":  # where a group without its expert may lose its place
+        assert torch.equal(trace.expert_ids[-1][without_3], plain.expert_ids[-1][without_3])
+    assert not torch.allclose(logits, expected)
+    wide, _, _ = used(force=[0, 1, 2, 4], top_k=3)
+    assert all(ids <= {0, 1, 2, 4} for ids in wide)
+    _, warm, _ = used(temperature=4.0)
+    assert torch.allclose(warm.logits[0], plain.logits[0] / 4, atol=1e-5)
+    assert used(top_k=1)[1].expert_ids.shape[-1] == 1
+
+    losses_BT = token_losses(model, tokens_BT, targets_BT)
+    labels_BT = torch.cat([tokens_BT[:, :1], targets_BT], 1)[:, 1:]
+    assert float(losses_BT.mean()) == pytest.approx(
+        F.cross_entropy(expected.flatten(0, 1), labels_BT.flatten()).item(), rel=1e-5
+    )
+    table = knockout(model, {"a": tokens(1), "b": tokens(2)}, layers=[layer], experts=[3, 0], progress=False)
+    with intervene(model, remove={layer: [3]}):
+        without = domain_losses(model, {"b": tokens(2)})["b"]
+    assert float(table.deltas_LEC[0, 0, 1]) == pytest.approx(without - float(table.base_loss_C[1]), abs=1e-6)
+
+    assert torch.equal(model(tokens_BT).logits, expected)
+    assert hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest() == before
+
+
+def test_transformers_mixtral_without_an_expert():
+    """Removing an expert equals the model whose router and experts never had it."""
+    import transformers
+
+    model, tokens_BT = hf_model("Mixtral"), tokens()[0]
+    smaller = transformers.MixtralForCausalLM(transformers.MixtralConfig(**HF | dict(num_local_experts=5))).eval()
+    kept = [0, 1, 2, 4, 5]
+    weights = model.state_dict()
+    smaller.load_state_dict(
+        {name: tensor[kept] if ".mlp." in name and tensor.shape[0] == 6 else tensor for name, tensor in weights.items()}
+    )
+    with intervene(model, remove=[3]):
+        assert torch.allclose(model(tokens_BT).logits, smaller(tokens_BT).logits, atol=1e-6)
+
+
+def test_groups_that_are_left_with_too_few():
+    """DeepSeek-V3 chooses among the best groups only: all but one expert of each gone is too much for some token."""
+    model = hf_model("DeepseekV3")
+    with intervene(model, remove=[0, 2]):
+        model(tokens()[0])
+    model.config.topk_group = 1
+    for module in model.modules():
+        if hasattr(module, "topk_group"):
+            module.topk_group = 1
+    with pytest.raises(ValueError, match="in layer 1 a token's best groups of experts hold fewer than top_k=2"):
+        with intervene(model, remove=[0, 2, 4]):
+            model(tokens()[0])

@@ -9,7 +9,7 @@ Shapes: B windows, T tokens of a window, L MoE layers, E experts, C domains, W w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -19,19 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import IGNORE
-from .model import DecoderLM
+from .model import LMOutput
+from .routing import Router, find_routers
 
 Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
 
 
-class _ChangedLogits:
-    """A forward hook of a router: logits / temperature, and -inf for the experts that may not be chosen."""
+class _Rerouting:
+    """A forward hook of a router: the model's own rule on logits / temperature, with -inf where an expert is barred.
 
-    def __init__(self, allowed_E: Tensor, temperature: float):
-        self.allowed_E, self.temperature = allowed_E, temperature
+    In a DecoderLM the output is the logits; in transformers it is (logits, weights, expert ids).
+    """
 
-    def __call__(self, router, inputs, logits_NE: Tensor) -> Tensor:
-        return (logits_NE / self.temperature).masked_fill(~self.allowed_E.to(logits_NE.device), -torch.inf)
+    def __init__(self, router: Router, allowed_E: Tensor, temperature: float):
+        self.router, self.allowed_E, self.temperature = router, allowed_E, temperature
+
+    def __call__(self, module, inputs, output):
+        logits_NE = self.router.logits(output)
+        allowed_E = self.allowed_E.to(logits_NE.device)
+        changed = self.router.rerouted(output, (logits_NE / self.temperature).masked_fill(~allowed_E, -torch.inf))
+        if isinstance(changed, tuple) and not allowed_E[changed[2]].all():
+            raise ValueError(
+                f"in layer {self.router.layer} a token's best groups of experts hold fewer than "
+                f"top_k={self.router.holder.top_k} of those that remain; leave more experts of each group in"
+            )
+        return changed
 
 
 @contextmanager
@@ -41,27 +53,28 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
     `remove` takes experts out of the choice, `force` leaves only those: {layer: [experts]}, or [experts] for every MoE
     layer (layers count blocks from 0, dense ones too). A removed expert's logit becomes -inf before the softmax, so
     the next best take over and the model's own rule makes the combine weights of what is left. `top_k` experts
-    compute each token; `temperature` divides the logits (above 1: flatter weights, the same order). Contexts nest:
+    compute each token; `temperature` divides the logits, which above 1 makes the weights more alike. Contexts nest:
     what an outer one removed stays removed, temperatures multiply, the inner `top_k` holds.
+    `model` is a DecoderLM or a transformers MoE that `record_routing` knows.
 
     Raises ValueError for a dense model, a layer or an expert that does not exist, a choice that leaves fewer than
     `top_k` experts, and a `top_k` or `temperature` out of range.
     """
-    layers = _moe_layers(model)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
-    removed, forced = (_per_layer(name, experts, layers) for name, experts in (("remove", remove), ("force", force)))
+    routers = {router.layer: router for router in find_routers(model)}
+    removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
     changes = []
-    for layer, ffn in layers.items():
-        num_experts = ffn.router.out_features
+    for layer, router in routers.items():
+        num_experts = _num_experts(router)
         if top_k is not None and not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
-        chosen = ffn.top_k if top_k is None else top_k
+        chosen = router.holder.top_k if top_k is None else top_k
         allowed_E = torch.full((num_experts,), layer not in forced)
         allowed_E[forced.get(layer, [])] = True
         allowed_E[removed.get(layer, [])] = False
-        for outer in ffn.router._forward_hooks.values():
-            if isinstance(outer, _ChangedLogits):
+        for outer in router.module._forward_hooks.values():
+            if isinstance(outer, _Rerouting):
                 allowed_E &= outer.allowed_E
         remaining = int(allowed_E.sum())
         if remaining < chosen:
@@ -69,45 +82,33 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
                 f"of the {num_experts} experts of layer {layer} only {remaining} would remain, but each token needs "
                 f"top_k={chosen}; leave more of them in or choose top_k={max(remaining, 1)}"
             )
-        changes.append((ffn, chosen, allowed_E))
+        changes.append((router, chosen, allowed_E))
 
     with ExitStack() as undo:
-        for ffn, chosen, allowed_E in changes:
-            undo.callback(setattr, ffn, "top_k", ffn.top_k)
-            ffn.top_k = chosen
+        for router, chosen, allowed_E in changes:
+            undo.callback(setattr, router.holder, "top_k", router.holder.top_k)
+            router.holder.top_k = chosen
             if temperature != 1 or not allowed_E.all():
-                undo.enter_context(_hooked(ffn.router, _ChangedLogits(allowed_E, temperature)))
+                # first of all hooks, so that a recording sees what is really used, whichever context was entered first
+                hook = _Rerouting(router, allowed_E, temperature)
+                undo.callback(router.module.register_forward_hook(hook, prepend=True).remove)
         yield model
 
 
-@contextmanager
-def _hooked(module, hook) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _num_experts(router: Router) -> int:
+    return len(router.module.weight)
 
 
-def _moe_layers(model) -> dict:
-    if not isinstance(model, DecoderLM):
-        raise ValueError(f"{type(model).__name__} is not a DecoderLM")
-    layers = {layer: model.blocks[layer].ffn for layer in model.config.moe_layers}
-    if not layers:
-        raise ValueError("the model is dense: it has no router to change; upcycle it first")
-    return layers
-
-
-def _per_layer(name: str, experts: Experts, layers: dict) -> dict[int, list[int]]:
+def _per_layer(name: str, experts: Experts, routers: Mapping[int, Router]) -> dict[int, list[int]]:
     """{layer: [experts]} of what was asked; layers that nothing was asked of are left out."""
     if experts is None:
         return {}
     if not isinstance(experts, Mapping):
-        experts = dict.fromkeys(layers, experts)
+        experts = dict.fromkeys(routers, experts)
     for layer, ids in experts.items():
-        if layer not in layers:
-            raise ValueError(f"{name} names layer {layer}, but the layers with experts are {[*layers]}")
-        num_experts = layers[layer].router.out_features
+        if layer not in routers:
+            raise ValueError(f"{name} names layer {layer}, but the layers with experts are {[*routers]}")
+        num_experts = _num_experts(routers[layer])
         for expert in ids:
             if not 0 <= expert < num_experts:
                 raise ValueError(f"{name} names expert {expert} of layer {layer}; choose 0..{num_experts - 1}")
@@ -125,7 +126,7 @@ def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         output = model(tokens_BT)
     finally:
         model.train(was_training)
-    logits_BTV = output.logits_BTV if isinstance(model, DecoderLM) else output.logits
+    logits_BTV = output.logits_BTV if isinstance(output, LMOutput) else output.logits
     losses_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
     return losses_N.view_as(targets_BT).masked_fill(targets_BT == IGNORE, torch.nan).cpu()
 
@@ -186,10 +187,9 @@ def knockout(model, windows_by_domain, *, layers=None, experts=None, progress: b
     """
     from tqdm.auto import tqdm
 
-    moe_layers = _moe_layers(model)
-    layers = tuple(moe_layers if layers is None else layers)
-    counts = {ffn.router.out_features for ffn in moe_layers.values()}
-    experts = tuple(range(min(counts)) if experts is None else experts)
+    routers = find_routers(model)
+    layers = tuple(router.layer for router in routers) if layers is None else tuple(layers)
+    experts = tuple(range(_num_experts(routers[0]))) if experts is None else tuple(experts)
     if len(windows_by_domain) < 2 or min(len(tokens_BT) for tokens_BT, _ in windows_by_domain.values()) < 2:
         raise ValueError("a knock-out compares domains: give at least 2 of them, each with at least 2 windows")
 
