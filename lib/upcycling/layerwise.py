@@ -22,8 +22,8 @@ def verify_layerwise(
 ) -> Receipt:
     """Compare the logits of two folders in float32, their weights in `dtype` first.
 
-    On random ids, and on real text where the dense model's folder has a tokenizer; without padding or cache, and nothing
-    is generated. Memory: one layer in float32 and its weights in the file's type. The tolerance is that of `verify`.
+    On random ids, and on real text where the dense model's folder has a tokenizer; without padding or cache, and
+    nothing is generated. Memory: one layer in float32 and its weights in `dtype`. The tolerance is that of `verify`.
     """
     tokens_BT, probe = _probe(dense, dense_config)
     logits = [
@@ -35,7 +35,7 @@ def verify_layerwise(
     settings = moe_config.to_dict()
     return Receipt(
         dense_config.architectures[0], moe_config.architectures[0], worst, tolerance, {"layer by layer": worst},
-        None, "", probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(),
+        None, "too large to load", probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(),
     )  # fmt: skip
 
 
