@@ -110,7 +110,7 @@ def _convert(options) -> int:
     if options.dry_run:
         job.check_disk()
         return 0
-    receipt = job.run(verify=not options.no_verify)
+    receipt = job.run(verify=not options.no_verify, progress=sys.stderr.isatty())
     print(receipt or "not verified (--no-verify)")
     print(f"wrote {job.out}")
     return 0
@@ -154,3 +154,7 @@ def _ids(text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--ids {text} is not understood; give token ids such as 5,17,3") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

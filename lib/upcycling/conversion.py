@@ -189,16 +189,16 @@ class Conversion:
         resumed = f", {len(self.finished)} of them there from an interrupted run" if self.finished else ""
         return "\n".join([
             str(self.plan),
-            f"writes    {gigabytes(self.bytes)} to {self.out}, {files}{resumed}",
-            f"disk      {gigabytes(self.needed)} needed, {gigabytes(self.free)} free",
-            f"memory    {gigabytes(self.memory)} beside what Python and torch take",
+            f"writes    {in_bytes(self.bytes)} to {self.out}, {files}{resumed}",
+            f"disk      {in_bytes(self.needed)} needed, {in_bytes(self.free)} free",
+            f"memory    {in_bytes(self.memory)} beside what Python and torch take",
         ])  # fmt: skip
 
     def check_disk(self) -> None:
         """Raises OSError when the disk is too small for what still has to be written."""
         if self.needed > self.free:
             raise OSError(
-                f"{self.out} needs {gigabytes(self.needed)} but the disk has {gigabytes(self.free)} free; free some, or "
+                f"{self.out} needs {in_bytes(self.needed)} but the disk has {in_bytes(self.free)} free; free some, or "
                 "choose another folder, fewer experts or layers, or a smaller dtype"
             )
 
@@ -223,8 +223,13 @@ class Conversion:
         return receipt
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def in_bytes(count: float) -> str:
+    """Such as "14.2 GB": three digits and a decimal unit."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
 
 
 def prepare(
@@ -380,7 +385,7 @@ def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
         receipt = verify_layerwise(
             job.source, written, config, job.plan.config, job.plan.dtype, progress=progress
         )  # fmt: skip
-        size = gigabytes(4 * (sizes.dense + sizes.moe))
+        size = in_bytes(4 * (sizes.dense + sizes.moe))
         receipt = replace(receipt, notes=(*receipt.notes, f"layer by layer, because both models together take {size}"))
     if job.plan.init != "copy":
         receipt = replace(receipt, notes=(*receipt.notes, f"init={job.plan.init!r} is meant to change the function"))

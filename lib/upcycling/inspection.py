@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .conversion import RECEIPT, gigabytes
+from .conversion import RECEIPT, in_bytes
 from .diagnosis import LoadReport, load_report
 from .pretrained import _quiet, read_config
 from .receipt import SETTINGS
@@ -45,15 +45,14 @@ def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = N
     yield f"parameters  {total:,}, {active:,} of them active per token"
     yield f"router      {type(router).__name__}, top-{top_k} of {experts} experts"
     settings = config.get_text_config().to_dict()
-    yield "settings    " + ", ".join(
-        f"{name}={settings[name]!r}" for name in SETTINGS if settings.get(name) is not None
-    )
+    shown = [f"{name}={settings[name]!r}" for name in SETTINGS if settings.get(name) is not None]
+    yield f"settings    {', '.join(shown)}"
     yield f"receipt     {_receipt(folder)}"
 
     size = sum(path.stat().st_size for path in files.files)
     available = _available_memory()
     if size > available:
-        yield f"routing not checked: the model takes {gigabytes(size)} and {gigabytes(available)} of memory are available"
+        yield f"routing not checked: the model takes {in_bytes(size)}, and {in_bytes(available)} of memory is free"
         return
     if ids is None:
         tokenizer = load_tokenizer(folder)

@@ -32,10 +32,11 @@ def verify_layerwise(
     ]
     worst = float((logits[0].double() - logits[1].double()).abs().max())
     tolerance = TOLERANCE[torch.float32] * max(1.0, float(logits[0].abs().max()))
-    settings = moe_config.to_dict()
+    values = moe_config.get_text_config().to_dict()
+    settings = {name: values[name] for name in SETTINGS if values.get(name) is not None}
     return Receipt(
         dense_config.architectures[0], moe_config.architectures[0], worst, tolerance, {"layer by layer": worst},
-        None, "too large to load", probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(),
+        None, "too large to load", probe, settings, _versions(),
     )  # fmt: skip
 
 
