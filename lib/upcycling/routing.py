@@ -176,7 +176,7 @@ def find_routers(model: nn.Module) -> list[Router]:
         raise ValueError(_why_no_router(model))
     if not isinstance(routers[0].holder, MoELayer) and _release("transformers") < (5, 6):
         raise ValueError(
-            f"transformers {version('transformers')} is installed, whose routers return probabilities in place of their "
+            f"transformers {version('transformers')} is installed, whose routers return probabilities in place of "
             "logits; install transformers>=5.23"
         )
     routers.sort(key=lambda router: router.layer)
@@ -201,8 +201,8 @@ def _unpack(router: Router, output) -> tuple[Tensor, Tensor, Tensor]:
     fits = isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
     if not fits or output[1].shape != output[2].shape:
         raise ValueError(
-            f"{type(router.module).__name__} did not return (logits, weights, expert ids), as it does in transformers 5.23; "
-            f"{version('transformers')} is installed"
+            f"{type(router.module).__name__} did not return (logits, weights, expert ids), as it does in transformers "
+            f"5.23; {version('transformers')} is installed"
         )
     return output
 
@@ -502,6 +502,8 @@ def _record_transformers(model: nn.Module, routers: list[Router], store: _Store)
     def enter(module, args, kwargs):
         if forward.module in (None, module):  # or left over from a forward that did not end
             forward.begin(module)
+            for router, handle in zip(routers, collectors, strict=True):  # behind hooks that came later and change it
+                router.module._forward_hooks.move_to_end(handle.id)
         names = inspect.signature(module.forward).parameters
         forward.see(dict(zip(names, args, strict=False)) | kwargs)
 
@@ -521,11 +523,15 @@ def _record_transformers(model: nn.Module, routers: list[Router], store: _Store)
         forward.module = None
         if output is None:  # the forward raised
             return
+        if forward.shape is None:
+            raise ValueError(
+                f"{type(module).__name__} was given neither input_ids nor inputs_embeds; record the language model"
+            )
         missing = [router.layer for router in routers if router.layer not in forward.decisions]
         if missing:
             raise ValueError(
-                f"layer {missing[0]} made no routing: what was called is a compiled copy of the model, or uses a kernel in "
-                f"place of {type(routers[0].module).__name__}; call the plain model inside the context"
+                f"layer {missing[0]} made no routing: what was called is a compiled copy of the model, or uses a "
+                f"kernel in place of {type(routers[0].module).__name__}; call the plain model inside the context"
             )
         tokens_BT, shape, cache = forward.tokens_BT, forward.shape, forward.cache
         first = sequences.first_of(cache, forward.past, shape[0])
@@ -536,13 +542,12 @@ def _record_transformers(model: nn.Module, routers: list[Router], store: _Store)
             decisions.append((logits_NE, router.probabilities(logits_NE), expert_ids_NK, weights_NK))
         _append(store, routers, decisions, tokens_BT, shape, forward.mask_BS, first, forward.past)
 
+    containers = _containers(model, routers)
+    collectors = [router.module.register_forward_hook(collect(router)) for router in routers]
     return [
-        *[router.module.register_forward_hook(collect(router)) for router in routers],
-        *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in _containers(model, routers)],
-        *[
-            module.register_forward_hook(leave, with_kwargs=True, always_call=True)
-            for module in _containers(model, routers)
-        ],
+        *collectors,
+        *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in containers],
+        *[module.register_forward_hook(leave, with_kwargs=True, always_call=True) for module in containers],
     ]
 
 
