@@ -495,15 +495,7 @@ REFUSED: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-def _refusal(kind: str) -> Callable[[Fields], Target]:
-    def rule(fields: Fields) -> Target:
-        refuse(*REFUSED[kind])
-
-    return rule
-
-
 FAMILIES: dict[str, Callable[[Fields], Target]] = {
-    **{kind: _refusal(kind) for kind in REFUSED},
     "qwen3_5_text": qwen3_5,
     "phi3": phi3,
     "gemma": gemma,

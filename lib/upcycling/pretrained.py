@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import families
+from . import families, more_families
 from .families import Initialisation, Refusal, TargetTensor, build, configure, hub_shapes, hub_tensors
 from .receipt import Receipt, fits_grouped_mm, use_eager_if_needed, verify
 
@@ -32,8 +32,6 @@ TRAINING_NOTES = (
 
 def all_families() -> dict:
     """model_type -> rule, of every module that has some."""
-    from . import more_families
-
     return {**families.FAMILIES, **more_families.FAMILIES}
 
 
@@ -180,13 +178,9 @@ def plan(
     source = CLASSES.get(kind, type(config).__name__)
     rules = all_families()
     if kind not in rules:
-        return Plan(
-            source,
-            None,
-            f"the family {kind!r} is not known here",
-            f"add a rule for it; known: {', '.join(sorted(rules))}",
-        )
-    depth = config.get_text_config().num_hidden_layers  # of a model with several parts, its text part
+        unknown = f"the family {kind!r} is not known here", f"add a rule for it; known: {', '.join(sorted(rules))}"
+        return Plan(source, None, *more_families.REFUSED.get(kind, unknown))
+    depth = config.num_hidden_layers
     chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"layers={list(chosen)}; choose some of 0..{depth - 1}")
