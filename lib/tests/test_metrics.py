@@ -325,6 +325,37 @@ def test_shuffling_whole_documents_keeps_them_together_and_widens_the_spread():
         shuffled_baseline(statistic, favourite_N2, labels_N, groups_N=documents_N[:5])
 
 
+def test_shuffling_within_token_ids_keeps_what_the_words_alone_explain():
+    generator = torch.Generator().manual_seed(3)
+    labels_N = torch.randint(0, 2, (4000,), generator=generator)
+    tokens_N = torch.randint(0, 6, (4000,), generator=generator) + 3 * labels_N  # ids 3, 4, 5 occur in both domains
+    by_word_NK = (tokens_N % 4)[:, None]
+    statistic = spread_of_domains(4)
+
+    def same_words(ids_NK, shuffled_N):
+        for token in tokens_N.unique():  # the labels of each id stay with that id
+            assert torch.equal(shuffled_N[tokens_N == token].sort().values, labels_N[tokens_N == token].sort().values)
+        return statistic(ids_NK, shuffled_N)
+
+    value = statistic(by_word_NK, labels_N)
+    close(shuffled_baseline(same_words, by_word_NK, labels_N, within_N=tokens_N).mean, value)  # words explain all of it
+    assert shuffled_baseline(statistic, by_word_NK, labels_N).spreads(value) > 10
+    by_domain_NK = (2 * labels_N + torch.randint(0, 2, (4000,), generator=generator))[:, None]
+    within = shuffled_baseline(statistic, by_domain_NK, labels_N, within_N=tokens_N)
+    assert within.spreads(statistic(by_domain_NK, labels_N)) > 10  # words do not
+    with pytest.raises(ValueError, match="not both"):
+        shuffled_baseline(statistic, by_word_NK, labels_N, groups_N=tokens_N, within_N=tokens_N)
+
+
+def test_routings_of_all_layers_are_shuffled_over_tokens_not_over_layers():
+    first_LNK = torch.stack([torch.zeros(50, 1, dtype=torch.long), torch.ones(50, 1, dtype=torch.long)])
+    baseline = shuffled_baseline(router_saturation, first_LNK, first_LNK)
+    close(baseline.mean, [1.0, 1.0])
+    close(baseline.standard_deviation, [0.0, 0.0])
+    with pytest.raises(ValueError, match="50 tokens but labels for 49"):
+        shuffled_baseline(router_saturation, first_LNK, first_LNK[:, 1:])
+
+
 def test_baseline_of_saturation_is_the_overlap_of_the_loads():
     generator = torch.Generator().manual_seed(2)
     ids_NK = torch.rand(2000, 5, generator=generator).topk(2, dim=-1).indices

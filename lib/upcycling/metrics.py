@@ -211,28 +211,43 @@ def shuffled_baseline(
     labels_N: Tensor,
     repeats: int = 20,
     seed: int = 0,
+    *,
     groups_N: Tensor | None = None,
+    within_N: Tensor | None = None,
 ) -> Baseline:
     """What `statistic(expert_ids_NK, labels_N)` gives when the labels have nothing to do with the routing.
 
     The labels are permuted over tokens; experts, loads and class sizes stay. `expert_ids_NK` may be (L, N, K): all
-    layers see the same permutation. `labels_N` may be anything with N rows, another routing (N, K), too.
+    layers see the same permutation. The labels may be another routing, (N, K) or (L, N, K), too. Three nulls:
 
-    Tokens of one document are alike for reasons other than its domain (its names, its style), so they are no
-    independent evidence, and permuting single tokens understates the spread. With `groups_N` (a document's or
-    sequence's number for each token) whole groups swap labels, which answers the question one usually means: would
-    other documents, dealt to the domains at random, differ as much? All tokens of a group must have one label. Use
-    it for domains; for token ids, which differ within a document, shuffle tokens. Raises ValueError otherwise.
+    - plain: every token for itself. But tokens of one document are alike for reasons other than their domain (its
+      names, its style); they are no independent evidence, so this null is too low and its spread too small.
+    - `groups_N` (the number of each token's document or sequence): whole groups swap labels. Would other documents,
+      dealt to the domains at random, differ as much? All tokens of a group must have one label. The one to use for
+      domains; not for token ids, which differ within a document.
+    - `within_N` (the token ids): labels are permuted among tokens of the same id. What remains is what the words
+      alone explain: a router that looks at nothing but the token scores just that.
+
+    None of them is an untrained router, which separates domains already, because it sees what the model computes: to
+    say that something was *learned*, compare with the routing at step 0 as well. Raises ValueError for labels that
+    do not fit.
     """
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats} gives no spread; choose at least 2, better 20")
+    dim = 0 if labels_N.dim() == 1 else -2
+    if labels_N.shape[dim] != expert_ids_NK.shape[-2]:
+        raise ValueError(f"there are {expert_ids_NK.shape[-2]} tokens but labels for {labels_N.shape[dim]}")
+    if groups_N is not None and within_N is not None:
+        raise ValueError("give groups_N or within_N, not both: they are different questions")
+    _check_repeats(repeats)
     generator = torch.Generator().manual_seed(seed)
     of_group_N, labels_G = None, labels_N
     if groups_N is not None:
         of_group_N, labels_G = _labels_of_groups(labels_N, groups_N)
     values = []
     for _ in range(repeats):
-        shuffled_G = labels_G[torch.randperm(len(labels_G), generator=generator).to(labels_G.device)]
+        order_G = torch.randperm(labels_G.shape[dim], generator=generator)
+        if within_N is not None:  # the tokens of each id in random order take the places of the tokens of that id
+            order_G = order_G[within_N[order_G].argsort(stable=True)][within_N.argsort(stable=True).argsort()]
+        shuffled_G = labels_G.index_select(dim, order_G.to(labels_G.device))
         values.append(statistic(expert_ids_NK, shuffled_G if of_group_N is None else shuffled_G[of_group_N]))
     return _baseline(values)
 
@@ -248,11 +263,15 @@ def uniform_baseline(
     """What `statistic(expert_ids_NK)` gives when each of N tokens draws K different experts, all equally likely."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} but there are {num_experts} experts; choose 1..{num_experts}")
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats} gives no spread; choose at least 2, better 20")
+    _check_repeats(repeats)
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.rand(num_tokens, num_experts, generator=generator) for _ in range(repeats))
     return _baseline([statistic(draw_NE.topk(top_k, dim=-1).indices) for draw_NE in draws])
+
+
+def _check_repeats(repeats: int) -> None:
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats} gives no spread; choose at least 2, better 20")
 
 
 def _baseline(values: list) -> Baseline:
