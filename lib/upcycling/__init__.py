@@ -25,6 +25,7 @@ _HOME = {
     "diagnosis": ["load_report", "evaluate_routing", "diagnose_router"],
     "series": ["load_series"],
     "routing": ["record_routing", "RoutingTrace"],
+    "report": ["save_report"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

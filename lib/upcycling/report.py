@@ -313,8 +313,8 @@ function table(element, head, rows) {
 
 // --- the strip of tokens
 
-const tokens = data.texts.map((text, i) => make("div",
-  {className: "token", role: "option", tabIndex: i ? -1 : 0, "aria-selected": "false"}, isolated(text, 40), make("span")));
+const tokens = data.texts.map((text, i) => make("div", {className: "token", role: "option", tabIndex: i ? -1 : 0,
+  "aria-selected": "false"}, isolated(text, 40), make("span")));
 
 // the label of a whole sequence, or null where its tokens have several
 function labelOf(sequence) {
@@ -412,7 +412,8 @@ function drawWay() {
       return chip;
     });
     const chosen = data.chosen[l][i], cells = data.probabilities[l][i].map((p, e) => {
-      const cell = make("div", {title: "expert " + e + ": " + percent(p), className: chosen.includes(e) ? "chosen" : ""});
+      const cell = make("div", {title: "expert " + e + ": " + percent(p)});
+      cell.classList.toggle("chosen", chosen.includes(e));
       cell.style.backgroundColor = "rgba(var(--shade), " + p / most + ")";
       return cell;
     });
@@ -422,7 +423,7 @@ function drawWay() {
     return row;
   });
   const last = data.experts - 1;
-  table(byId("way-table"), ["", "expert · combine weight", "probability, experts 0 to " + last + " (darkest: "
+  table(byId("way-table"), ["", "expert · combine weight", "probability, experts 0 to " + last + " (full colour: "
     + percent(most) + ")"], rows);
 }
 
@@ -503,8 +504,8 @@ function start() {
     if (indexOf(event) >= 0) { focusOn(indexOf(event)); follow(current); }
   });
   list.addEventListener("keydown", event => {
-    const moves = {ArrowRight: () => current + 1, ArrowLeft: () => current - 1,
-      Home: () => 0, End: () => tokens.length - 1, ArrowDown: () => nextLine(current, 1), ArrowUp: () => nextLine(current, -1)};
+    const moves = {ArrowRight: () => current + 1, ArrowLeft: () => current - 1, Home: () => 0,
+      End: () => tokens.length - 1, ArrowDown: () => nextLine(current, 1), ArrowUp: () => nextLine(current, -1)};
     if (event.key in moves) focusOn(moves[event.key]());
     else if (event.key === "Enter" || event.key === " ") follow(current);
     else return;
