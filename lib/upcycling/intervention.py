@@ -22,6 +22,7 @@ from .config import IGNORE
 from .model import LMOutput
 from .routing import Router, find_routers
 
+_ROWS = 16  # windows per forward pass: their logits are what needs memory
 Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
 
 
@@ -119,16 +120,20 @@ def _per_layer(name: str, experts: Experts, routers: Mapping[int, Router]) -> di
 def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """losses_BT: the cross-entropy of each target in nats, in eval mode; NaN where there is no target (-100)."""
     device = next(model.parameters()).device
-    tokens_BT, targets_BT = tokens_BT.to(device), targets_BT.to(device)
     was_training = model.training
     model.eval()
+    losses = []
     try:
-        output = model(tokens_BT)
+        for rows_BT, wanted_BT in zip(tokens_BT.split(_ROWS), targets_BT.split(_ROWS)):
+            output = model(rows_BT.to(device))
+            logits_BTV = output.logits_BTV if isinstance(output, LMOutput) else output.logits
+            losses_N = F.cross_entropy(
+                logits_BTV.flatten(0, 1).float(), wanted_BT.to(device).flatten(), reduction="none"
+            )
+            losses.append(losses_N.view(wanted_BT.shape).cpu())
     finally:
         model.train(was_training)
-    logits_BTV = output.logits_BTV if isinstance(output, LMOutput) else output.logits
-    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
-    return losses_N.view_as(targets_BT).masked_fill(targets_BT == IGNORE, torch.nan).cpu()
+    return torch.cat(losses).masked_fill(targets_BT.cpu() == IGNORE, torch.nan)
 
 
 def domain_losses(model, windows_by_domain: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:

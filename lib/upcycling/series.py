@@ -121,6 +121,16 @@ class Series:
             for name, indices in by_domain.items()
         }
 
+    def domain_windows(self, count: int | None = None) -> dict:
+        """The first `count` windows (default: all) of each domain's validation stream: {name: (tokens_BT, targets_BT)}.
+
+        They follow each other without overlap, so that means over them have honest errors; the last may be padded.
+        """
+        context = self.preset.model.seq_len
+        return {
+            name: next(stream.windows(count or len(stream), context)) for name, stream in self.domain_streams().items()
+        }
+
     def probe(self) -> tuple[torch.Tensor, list[str]]:
         """Some fixed windows of the validation split, for looking at: (tokens_BT, the domain of each window).
 
