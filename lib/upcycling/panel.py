@@ -1,0 +1,241 @@
+"""What the panels of `explorer` are made of: controls over strips of tokens and a picture, and their still twin.
+
+A panel is a function from the controls' values to a `View`; everything else (widgets, the still picture, problems with
+what was typed) is here. The browser shows the view's strips as real buttons: they can be clicked, focused and read out.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import ipywidgets as W
+
+from .routing_plots import _strip as strip_figure
+from .routing_plots import expert_colour, ink, png
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A text as tokens: how each looks, and the probabilities that its card shows.
+
+    `colours` are #rrggbb, `notes` short (an expert's number), `chosen` the experts that compute each token; `legend`
+    says what colours and notes mean.
+    """
+
+    title: str
+    legend: str
+    texts: Sequence[str]
+    colours: Sequence[str]
+    notes: Sequence[str]
+    probabilities: Sequence[Sequence[float]]  # tokens x experts
+    chosen: Sequence[Sequence[int]]
+
+    def figure(self, followed: int):
+        return strip_figure(self.texts, self.colours, self.notes, self.legend, followed, 100, 400, self.title)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a panel shows for one setting of its controls."""
+
+    sentence: str  # what there is to see; also the picture's alternative text
+    figure: object  # matplotlib's
+    strips: Sequence[Strip] = ()
+    followed: int = 0  # the token that is framed in each strip
+    words: str = field(default="")  # HTML, escaped by who made it
+
+    def png(self) -> bytes:
+        """Everything but `words` as one picture: the strips, then the figure."""
+        return _stacked([png(strip.figure(self.followed)) for strip in self.strips] + [png(self.figure)])
+
+
+class Panel:
+    """Controls over a view; a subclass has `view()`, and `_follow(change)` where controls depend on each other.
+
+    Every control can be set from a cell: `panel.layer.value = 2`. A ValueError from `_follow` (a text does not fit)
+    or from `view` is shown as one sentence, above the last view that worked.
+    """
+
+    def __init__(self, strips: int = 0, **controls: W.Widget):
+        self.controls = controls
+        for name, control in controls.items():
+            setattr(self, name, control)
+        self.strips = [_StripWidget() for _ in range(strips)]
+        self._problem, self._sentence, self._words, self._picture = (W.HTML() for _ in range(4))
+        self._updating = False
+
+    def _start(self, *rows: Sequence[W.Widget]) -> None:
+        """Draw for the first time (here a ValueError is the caller's) and lay out; `rows` are rows of controls."""
+        self._follow(None)
+        self._show(self.view())
+        for control in [*self.controls.values(), *(strip.buttons for strip in self.strips)]:
+            control.observe(self._update, "value")
+        lines = [W.HBox(list(row), layout=W.Layout(flex_flow="row wrap", align_items="center")) for row in rows]
+        parts = [self._problem, *(strip.box for strip in self.strips), self._sentence, self._words, self._picture]
+        # without a width of its own a box is as wide as its content, and nothing would wrap
+        self.box = W.VBox(lines + parts, layout=W.Layout(width="100%"))
+
+    def view(self) -> View:
+        """What the controls ask for now."""
+        raise NotImplementedError
+
+    def _follow(self, change) -> None:
+        """Bring the controls in line with what changed (None: at the start)."""
+
+    def _update(self, change) -> None:
+        if self._updating:  # a control that `_follow` or `_show` set
+            return
+        self._updating, problems = True, []
+        try:
+            for step in (lambda: self._follow(change), lambda: self._show(self.view())):
+                try:
+                    step()
+                except ValueError as error:
+                    problems.append(str(error))
+        finally:
+            self._updating = False
+        said = html.escape(" ".join(problems[:1]))
+        self._problem.value = said and f'<p role="alert" style="color:#B00020;margin:2px">{said}</p>'
+
+    def _show(self, view: View) -> None:
+        for widget, strip in zip(self.strips, view.strips):
+            widget.show(strip, view.followed)
+        said = html.escape(view.sentence)
+        self._sentence.value = f'<p role="status" aria-live="polite" style="line-height:1.4;margin:2px">{said}</p>'
+        self._words.value = view.words
+        # not widgets.Image: that has no alternative text, and a tooltip breaks its view (ipywidgets 8.1)
+        data = base64.b64encode(png(view.figure)).decode()
+        self._picture.value = (
+            f'<img alt="{html.escape(view.sentence)}" decoding="sync" style="max-width:100%;height:auto" '
+            f'src="data:image/png;base64,{data}">'
+        )
+
+    def still(self):
+        """The view as a picture without widgets (IPython's Image; its `data` are the PNG's bytes)."""
+        from IPython.display import Image
+
+        view = self.view()
+        return Image(data=view.png(), format="png", alt=view.sentence)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.controls)})"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        if hasattr(self.box, "_repr_mimebundle_"):  # ipywidgets 8
+            live = self.box._repr_mimebundle_()
+        else:  # 7, as in Colab
+            live = {"application/vnd.jupyter.widget-view+json": {
+                "version_major": 2, "version_minor": 0, "model_id": self.box.model_id}}  # fmt: skip
+        still = self.still()
+        picture = base64.b64encode(still.data).decode()
+        return {**live, "text/plain": repr(self), "image/png": picture}, {"image/png": {"alt": still.alt}}
+
+
+class _StripWidget:
+    """A strip in the browser: one widget makes all buttons, style sheets colour them, cards show the probabilities.
+
+    Which card is seen is decided by the browser alone (:hover, :focus-visible); a click reaches the kernel as the new
+    `buttons.value`. A button a token would be hundreds of widgets, and seconds for each new text.
+    """
+
+    def __init__(self):
+        self.title, self.cards, self.mark = W.HTML(), W.HTML(), W.HTML()
+        self.buttons = W.ToggleButtons(options=[], layout=W.Layout(width="auto"))
+        self.buttons.style.button_width = "auto"
+        self.box = W.VBox([self.title, self.buttons, self.cards, self.mark], layout=W.Layout(width="100%"))
+        self.scope = f"strip-{self.box.model_id}"
+        self.box.add_class(self.scope)
+
+    def show(self, strip: Strip, followed: int) -> None:
+        options = [(visible(text), i) for i, text in enumerate(strip.texts)]
+        if list(self.buttons.options) != options:
+            self.buttons.options = options
+        self.buttons.value = followed
+        heading = f"<b>{html.escape(strip.title)}</b> " if strip.title else ""
+        self.title.value = f'<span style="font-size:90%">{heading}{html.escape(strip.legend)}</span>'
+        self.cards.value = strip_style(strip, self.scope) + strip_cards(strip)
+        self.mark.value = (
+            f"<style>.{self.scope} button:nth-child({followed + 1}){{outline:2px solid var(--jp-ui-font-color0,#000);"
+            f"outline-offset:1px}}.{self.scope} .card:nth-of-type({followed + 1}){{display:flex}}</style>"
+        )
+
+
+def strip_style(strip: Strip, scope: str) -> str:
+    """The style sheet that colours the buttons below class `scope`, writes their notes and shows their cards."""
+    looks: dict[tuple[str, str], list[str]] = {}
+    for i, look in enumerate(zip(strip.colours, strip.notes), 1):
+        looks.setdefault(look, []).append(f":nth-child({i})")
+    rules = [_STRIP_RULES.replace("SCOPE", scope)]
+    for (colour, note), places in looks.items():
+        which = f".{scope} button:is({','.join(places)})"
+        rules.append(f'{which}{{background:{colour};color:{ink(colour)}}}{which}::after{{content:"{note}"}}')
+    for i in range(1, len(strip.texts) + 1):
+        rules.append(
+            f".{scope}:has(button:nth-child({i}):is(:hover,:focus-visible)) .card:nth-of-type({i})"
+            "{display:flex;z-index:1}"
+        )
+    for e in range(len(strip.probabilities[0])):
+        rules.append(f".{scope} .card i:nth-of-type({e + 1}){{--c:{expert_colour(e)}}}")
+    return f"<style>{''.join(rules)}</style>"
+
+
+_STRIP_RULES = (
+    ".SCOPE .widget-toggle-buttons>div{display:flex;flex-wrap:wrap}"
+    ".SCOPE button.widget-toggle-button{width:auto;min-width:1.2em;height:auto;line-height:1.35;padding:1px 3px;"
+    "margin:2px;white-space:pre;font-family:var(--jp-code-font-family,monospace);font-size:12px;border-radius:3px;box-shadow:none;"
+    "overflow:visible;unicode-bidi:isolate}"
+    ".SCOPE button::after{font-size:8.5px;margin-left:3px;vertical-align:sub;opacity:.85}"
+    ".SCOPE button:is(:hover,:focus-visible){filter:brightness(1.12)}"
+    ".SCOPE button:focus-visible{outline:2px dashed var(--jp-ui-font-color0,#000);outline-offset:3px}"
+    ".SCOPE .cards{display:grid;min-height:66px}"
+    ".SCOPE .card{grid-area:1/1;display:none;flex-wrap:wrap;align-items:end;gap:2px;padding:3px;line-height:1.2;"
+    "background:var(--jp-layout-color1,#fff);color:var(--jp-ui-font-color1,#000)}"
+    ".SCOPE .card>span{flex-basis:100%}"
+    ".SCOPE .card i{font-style:normal;font-size:10px;text-align:center;width:32px;height:42px;display:flex;"
+    "flex-direction:column;justify-content:end;border:1px solid var(--jp-border-color2,#ccc);"
+    "background:linear-gradient(to top,var(--c) calc(var(--p)*1%),transparent 0)}"
+    ".SCOPE .card u{text-decoration:none;background:var(--jp-layout-color1,#fff);opacity:.9}"
+    ".SCOPE .card .x{border:2px solid var(--jp-ui-font-color0,#000);font-weight:bold}"
+)
+
+
+def strip_cards(strip: Strip) -> str:
+    """One hidden card for each token: the probabilities of all experts, the chosen ones framed."""
+    cards = []
+    for i, (text, probabilities, chosen) in enumerate(zip(strip.texts, strip.probabilities, strip.chosen)):
+        bars = "".join(
+            f'<i{" class=x" if e in chosen else ""} style="--p:{100 * p:.0f}"><u>{100 * p:.0f}%</u><u>{e}</u></i>'
+            for e, p in enumerate(probabilities)
+        )
+        what = "probability of each expert, the chosen ones framed"
+        head = f"token {i} <code>{html.escape(visible(text))}</code>: {what}"
+        cards.append(f'<div class="card"><span>{head}</span>{bars}</div>')
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def visible(text: str) -> str:
+    r"""`text` so that a browser shows all of it: line breaks as ↵, invisible characters as \u{0}, spaces alone as ␣."""
+    marks = {"\n": "↵", "\r": "↤", "\t": "⇥"}
+    hidden = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+    shown = "".join(marks.get(c) or (f"\\u{{{ord(c):X}}}" if unicodedata.category(c) in hidden else c) for c in text)
+    return shown if shown.strip() else "␣" * len(shown)
+
+
+def _stacked(pictures: Sequence[bytes]) -> bytes:
+    """PNG files below each other as one."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(picture)) for picture in pictures]
+    whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    buffer = io.BytesIO()
+    whole.save(buffer, format="png")
+    return buffer.getvalue()
