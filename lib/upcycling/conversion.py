@@ -27,7 +27,7 @@ from torch import Tensor
 from . import __version__
 from .checkpoint import write_text
 from .families import Refusal, TargetTensor, hub_shapes
-from .layerwise import verify_layerwise
+from .layerwise import WHOLE_ONLY, verify_layerwise
 from .model_card import model_card, receipt_record
 from .pretrained import Plan, _quiet, plan, read_config
 from .receipt import Receipt
@@ -209,9 +209,7 @@ class Conversion:
         _write_companions(self)
         receipt = _verify(self, verify_memory, progress) if verify else None
         if receipt is not None and not receipt.passed and self.plan.init == "copy":
-            raise ValueError(
-                f"{receipt._verdict()}; {_remedy(self)} (what was written is in {self.partial}: delete it)"
-            )
+            raise ValueError(f"{receipt._verdict()}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
         write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
         write_text(self.partial / "README.md", model_card(self, receipt))
         # From here on the folder loads, and may: it is complete and verified.
@@ -376,17 +374,15 @@ def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
                         f"{entry.name} was not read back from {shard.file} as it was written: is the disk broken?"
                     )
                 bar.update(entry.bytes)
-    sizes = job.plan.sizes
-    if 4 * (sizes.dense + sizes.moe) <= memory:
+    size = 4 * (job.plan.sizes.dense + job.plan.sizes.moe)
+    if size <= memory or job.plan.target in WHOLE_ONLY:
         receipt = _verify_whole(job)
     else:
         config = read_config(job.source.folder)
         config.architectures = [job.plan.source]
-        receipt = verify_layerwise(
-            job.source, written, config, job.plan.config, job.plan.dtype, progress=progress
-        )  # fmt: skip
-        size = in_bytes(4 * (sizes.dense + sizes.moe))
-        receipt = replace(receipt, notes=(*receipt.notes, f"layer by layer, because both models together take {size}"))
+        receipt = verify_layerwise(job.source, written, config, job.plan.config, job.plan.dtype, progress=progress)
+        why = f"compared layer by layer, because both models together take {in_bytes(size)} in float32"
+        receipt = replace(receipt, notes=(*receipt.notes, why))
     if job.plan.init != "copy":
         receipt = replace(receipt, notes=(*receipt.notes, f"init={job.plan.init!r} is meant to change the function"))
     return receipt
@@ -402,7 +398,9 @@ def _verify_whole(job: Conversion) -> Receipt:
     return verify_models(dense, moe, load_tokenizer(job.source.folder))
 
 
-def _remedy(job: Conversion) -> str:
+def _remedy(job: Conversion, receipt: Receipt) -> str:
+    if receipt.max_abs_diff <= receipt.tolerance:
+        return f"the logits agree, but greedy generation does not ({receipt.greedy!r} is the dense model's)"
     changed = any(entry.tensor.rule.transform is not None for shard in job.shards for entry in shard.entries)
     if changed and job.plan.dtype != torch.float32:
         return f"some weights had to be changed and {job.plan.dtype} rounds them: convert to float32"

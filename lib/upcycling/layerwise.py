@@ -14,6 +14,8 @@ from torch import Tensor
 from .receipt import SENTENCES, SETTINGS, TOLERANCE, Receipt, _versions
 from .weight_files import WeightFiles, load_tokenizer
 
+# A layer of these needs others: Gemma 4's configuration names layers by number, and late ones reuse early ones' keys.
+WHOLE_ONLY = {"Gemma4ForCausalLM"}
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
@@ -68,7 +70,7 @@ def layerwise_logits(
     name = config.architectures[0]
     for layer in tqdm(range(config.num_hidden_layers), desc=name, unit="layer", leave=False, disable=not progress):
         model = _one_layer_model(files, config, layer, kept.tolist(), dtype)
-        block, captured = model.base_model.layers[0], []
+        block, captured = model.model.layers[0], []
         if x_BTD is not None:
             block.register_forward_pre_hook(_replace_input(x_BTD), with_kwargs=True)
         block.register_forward_hook(_capture_output(captured))
