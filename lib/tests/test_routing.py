@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from upcycling import DecoderLM, ModelConfig, MoEConfig, RoutingTrace, generate, record_routing
-from upcycling.routing import RULES, Router, find_routers, grouped_sigmoid, softmax_then_top_k, top_k_then_softmax
+from upcycling.router_rules import RULES, Router, find_routers, grouped_sigmoid, softmax_then_top_k, top_k_then_softmax
 
 V, D, E, K, LAYERS = 40, 16, 8, 3, 3
 FIELDS = ["logits", "probabilities", "expert_ids", "weights", "tokens", "sequence", "position"]
@@ -508,13 +508,15 @@ def test_models_that_cannot_be_recorded():
         ValueError, match=r"holds Phimoe\w+, .*not known here; known are DecoderLM and.*DeepseekV3.*Mixtral"
     ):
         find_routers(transformers.PhimoeForCausalLM(jamba))
+    with pytest.raises(TypeError, match="a tuple is not a model"):
+        find_routers((llama, 1))
     two = torch.nn.ModuleList([transformers_model("Mixtral"), transformers_model("Mixtral")])
     with pytest.raises(ValueError, match="both in layer 0"):
         find_routers(torch.nn.ModuleDict({"a": two[0], "b": two[1]}))
 
 
 def test_other_releases_of_transformers(monkeypatch):
-    from upcycling import routing
+    from upcycling import router_rules
 
     model = transformers_model("Mixtral")
     gate = model.model.layers[0].mlp.gate
@@ -522,7 +524,7 @@ def test_other_releases_of_transformers(monkeypatch):
     with record_routing(model), pytest.raises(ValueError, match=r"MixtralTopKRouter did not return .* 5\.23; "):
         model(tokens(1, 2))
     handle.remove()
-    monkeypatch.setattr(routing, "version", lambda name: "5.5.4")
+    monkeypatch.setattr(router_rules, "_transformers_version", lambda: "5.5.4")
     with pytest.raises(ValueError, match=r"transformers 5\.5\.4 is installed.*install transformers>=5\.23"):
         find_routers(model)
     find_routers(decoder_lm())
