@@ -173,6 +173,16 @@ def test_dense_model():
             use()
 
 
+def test_compiled_model():
+    """Compiled code does not look for hooks again, so an intervention could do nothing and nobody would know."""
+    model = new_model()
+    whole = torch.compile(model, backend="eager")
+    model.blocks[1].compile(backend="eager")
+    for compiled, name in ((whole, "OptimizedModule"), (model, "Block")):
+        with pytest.raises(ValueError, match=f"{name} is compiled"), intervene(compiled, remove=[0]):
+            pass
+
+
 def test_layers_count_blocks():
     torch.manual_seed(0)
     model = DecoderLM(ModelConfig.smol(**SIZES, moe=MoEConfig(num_experts=4, layers=(2,)))).eval()

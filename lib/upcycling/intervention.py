@@ -58,11 +58,17 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
     what an outer one removed stays removed, temperatures multiply, the inner `top_k` holds.
     `model` is a DecoderLM or a transformers MoE that `record_routing` knows.
 
-    Raises ValueError for a dense model, a layer or an expert that does not exist, a choice that leaves fewer than
-    `top_k` experts, and a `top_k` or `temperature` out of range.
+    Raises ValueError for a dense or compiled model, a layer or an expert that does not exist, a choice that leaves
+    fewer than `top_k` experts, and a `top_k` or `temperature` out of range.
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__} is compiled, and compiled code may leave out hooks; intervene in the "
+                "model that is not compiled, and call that"
+            )
     routers = {router.layer: router for router in find_routers(model)}
     removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
     changes = []
@@ -90,9 +96,8 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
             undo.callback(setattr, router.holder, "top_k", router.holder.top_k)
             router.holder.top_k = chosen
             if temperature != 1 or not allowed_E.all():
-                # first of all hooks, so that a recording sees what is really used, whichever context was entered first
                 hook = _Rerouting(router, allowed_E, temperature)
-                undo.callback(router.module.register_forward_hook(hook, prepend=True).remove)
+                undo.callback(router.module.register_forward_hook(hook).remove)
         yield model
 
 
