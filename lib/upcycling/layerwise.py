@@ -123,8 +123,9 @@ def _one_layer_config(config, layer: int, vocab_size: int):
     }
     values |= {"num_hidden_layers": 1, "vocab_size": vocab_size}
     values |= {f"{kind}_token_id": None for kind in ("pad", "bos", "eos")}
-    if values.get("mlp_only_layers") is not None:
-        values["mlp_only_layers"] = [0] if layer in config.mlp_only_layers else []
+    for name in ("mlp_only_layers", "moe_layers"):  # these list numbers of layers
+        if values.get(name) is not None:
+            values[name] = [0] if layer in getattr(config, name) else []
     if values.get("first_k_dense_replace") is not None:
         values["first_k_dense_replace"] = int(layer < config.first_k_dense_replace)
     return type(config).from_dict(values)
