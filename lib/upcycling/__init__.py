@@ -23,6 +23,7 @@ _HOME = {
     "intervention": ["intervene", "knockout", "token_losses", "domain_losses"],
     "metrics": ["shuffled_baseline", "uniform_baseline"],
     "diagnosis": ["load_report", "evaluate_routing", "diagnose_router"],
+    "explorer": ["TokenExplorer", "TrainingPlayback", "WhatIf", "CompareRouting"],
     "series": ["load_series"],
     "routing": ["record_routing", "RoutingTrace"],
     "report": ["save_report"],

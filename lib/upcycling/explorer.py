@@ -305,10 +305,14 @@ def render_playback(snapshots, labels: Sequence[str], texts, moment: int, layer:
     at, even = trace.layers.index(layer), trace.top_k / trace.num_experts
     domains = list(dict.fromkeys(labels))
     labels_N = torch.tensor([domains.index(label) for label in labels])[snapshots.sequence]
-    share_CE = domain_specialization(trace.expert_ids[at], labels_N, trace.num_experts, len(domains))
+    share_SCE = domain_specialization(snapshots.expert_ids[:, at], labels_N, trace.num_experts, len(domains))
     figure = plot_expert_matrix(
-        share_CE, domains, null=even, vmax=1, title=f"layer {layer} after {step:,} updates"
-    )  # fmt: skip
+        share_SCE[moment],
+        domains,
+        null=even,
+        vmax=float(share_SCE.max()),
+        title=f"layer {layer} after {step:,} updates",
+    )
     saturation = float(router_saturation(trace.expert_ids[at], snapshots.expert_ids[-1, at]))
     shown = trace.select(snapshots.sequence == window)
     said = (
@@ -401,7 +405,9 @@ def measure(model, tokenizer, prompt: str, probe: Mapping[str, tuple], new_token
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=new_tokens, do_sample=False,
                 pad_token_id=0,
             )  # fmt: skip
-    continuation = "".join(token_texts(tokenizer, tokens_BT[0, len(ids) :].tolist()))
+    # decoded together, since a character may be several tokens, and a token alone may lose its space
+    start, whole = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (ids, tokens_BT[0].tolist()))
+    continuation = whole[len(start) :]
     return Outcome({name: token_losses(model, *windows) for name, windows in probe.items()}, continuation)
 
 
@@ -435,7 +441,9 @@ def render_what_if(
         target_texts, (now.losses[window] - trained.losses[window])[0], limit=2.0,
         title=f"change of each token's loss, first window of {window}",
     )  # fmt: skip
-    return View(said, figure, words=words)
+    lines = [f"{name}: {trained.mean(name):.3f} -> {now.mean(name):.3f} ({changes[name]:+.3f})" for name in changes]
+    lines += [f"as trained: {prompt}{trained.continuation}", f"now: {prompt}{now.continuation}"]
+    return View(said, figure, words=words, lines=lines)
 
 
 class WhatIf(Panel):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ipywidgets as W
 
 from .routing_plots import _strip as strip_figure
-from .routing_plots import expert_colour, ink, png
+from .routing_plots import expert_colour, ink, png, printable
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ class View:
     figure: object  # matplotlib's
     strips: Sequence[Strip] = ()
     followed: int = 0  # the token that is framed in each strip
-    words: str = field(default="")  # HTML, escaped by who made it
+    words: str = ""  # HTML, escaped by who made it
+    lines: Sequence[str] = ()  # what `words` say, without HTML, for the still picture
 
     def png(self) -> bytes:
-        """Everything but `words` as one picture: the strips, then the figure."""
-        return _stacked([png(strip.figure(self.followed)) for strip in self.strips] + [png(self.figure)])
+        """Everything as one picture, from top to bottom: sentence and lines, strips, figure."""
+        figures = [_text_figure([self.sentence, *self.lines])]
+        figures += [strip.figure(self.followed) for strip in self.strips]
+        return _stacked([png(figure) for figure in [*figures, self.figure]])
 
 
 class Panel:
@@ -65,6 +69,7 @@ class Panel:
         self.controls = controls
         for name, control in controls.items():
             setattr(self, name, control)
+            control.style.description_width = "initial"
         self.strips = [_StripWidget() for _ in range(strips)]
         self._problem, self._sentence, self._words, self._picture = (W.HTML() for _ in range(4))
         self._updating = False
@@ -159,9 +164,10 @@ class _StripWidget:
         heading = f"<b>{html.escape(strip.title)}</b> " if strip.title else ""
         self.title.value = f'<span style="font-size:90%">{heading}{html.escape(strip.legend)}</span>'
         self.cards.value = strip_style(strip, self.scope) + strip_cards(strip)
+        here = f":nth-child({followed + 1})"
         self.mark.value = (
-            f"<style>.{self.scope} button:nth-child({followed + 1}){{outline:2px solid var(--jp-ui-font-color0,#000);"
-            f"outline-offset:1px}}.{self.scope} .card:nth-of-type({followed + 1}){{display:flex}}</style>"
+            f"<style>.{self.scope} button{here}{{box-shadow:0 0 0 2px var(--jp-ui-font-color0,#000)!important}}"
+            f".{self.scope} .card{here}{{display:flex}}</style>"
         )
 
 
@@ -173,10 +179,12 @@ def strip_style(strip: Strip, scope: str) -> str:
     rules = [_STRIP_RULES.replace("SCOPE", scope)]
     for (colour, note), places in looks.items():
         which = f".{scope} button:is({','.join(places)})"
-        rules.append(f'{which}{{background:{colour};color:{ink(colour)}}}{which}::after{{content:"{note}"}}')
+        rules.append(f"{which}{{background:{colour};color:{ink(colour)}}}")
+        # after the slash: how it is read out, by browsers that know of it
+        rules.append(f'{which}::after{{content:"{note}";content:"{note}"/", {note}"}}')
     for i in range(1, len(strip.texts) + 1):
         rules.append(
-            f".{scope}:has(button:nth-child({i}):is(:hover,:focus-visible)) .card:nth-of-type({i})"
+            f".{scope}:has(button:nth-child({i}):is(:hover,:focus-visible)) .card:nth-child({i})"
             "{display:flex;z-index:1}"
         )
     for e in range(len(strip.probabilities[0])):
@@ -192,14 +200,14 @@ _STRIP_RULES = (
     ".SCOPE button::after{font-size:8.5px;margin-left:3px;vertical-align:sub;opacity:.85}"
     ".SCOPE button:is(:hover,:focus-visible){filter:brightness(1.12)}"
     ".SCOPE button:focus-visible{outline:2px dashed var(--jp-ui-font-color0,#000);outline-offset:3px}"
-    ".SCOPE .cards{display:grid;min-height:66px}"
+    ".SCOPE .cards{display:grid;min-height:92px}"
     ".SCOPE .card{grid-area:1/1;display:none;flex-wrap:wrap;align-items:end;gap:2px;padding:3px;line-height:1.2;"
     "background:var(--jp-layout-color1,#fff);color:var(--jp-ui-font-color1,#000)}"
     ".SCOPE .card>span{flex-basis:100%}"
-    ".SCOPE .card i{font-style:normal;font-size:10px;text-align:center;width:32px;height:42px;display:flex;"
+    ".SCOPE .card i{font-style:normal;font-size:10px;text-align:center;width:32px;height:66px;display:flex;"
     "flex-direction:column;justify-content:end;border:1px solid var(--jp-border-color2,#ccc);"
-    "background:linear-gradient(to top,var(--c) calc(var(--p)*1%),transparent 0)}"
-    ".SCOPE .card u{text-decoration:none;background:var(--jp-layout-color1,#fff);opacity:.9}"
+    "background:linear-gradient(to top,var(--c) calc(var(--p)*1%),transparent 0) top/100% 38px no-repeat}"
+    ".SCOPE .card u{text-decoration:none}"
     ".SCOPE .card .x{border:2px solid var(--jp-ui-font-color0,#000);font-weight:bold}"
 )
 
@@ -224,6 +232,16 @@ def visible(text: str) -> str:
     hidden = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
     shown = "".join(marks.get(c) or (f"\\u{{{ord(c):X}}}" if unicodedata.category(c) in hidden else c) for c in text)
     return shown if shown.strip() else "␣" * len(shown)
+
+
+def _text_figure(lines: Sequence[str]):
+    """Lines of plain text, wrapped, as a figure."""
+    from matplotlib.figure import Figure
+
+    wrapped = [part for line in lines for part in textwrap.wrap(printable(line, 2000), 110)]
+    figure = Figure(figsize=(9, 0.1 + 0.18 * len(wrapped)))
+    figure.text(0.01, 0.5, "\n".join(wrapped), fontsize=9, va="center", family="DejaVu Sans Mono", parse_math=False)
+    return figure
 
 
 def _stacked(pictures: Sequence[bytes]) -> bytes:
