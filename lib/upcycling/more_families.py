@@ -148,7 +148,7 @@ LLAMA4 = MoEClass(
         FFN + "router.weight": router(),
     },
     settings=dict(
-        use_qk_norm=False, attn_temperature_tuning=False, attention_chunk_size=None, interleave_moe_layer_step=1,
+        use_qk_norm=False, attn_temperature_tuning=False, interleave_moe_layer_step=1,
         router_jitter_noise=0.0,
     ),
     balance_loss=False,
@@ -241,13 +241,20 @@ def phi3(fields: Fields) -> Target:
     }
     gate = (gate_up, partial(rows_of, start=0, stop=width))
     up = (gate_up, partial(rows_of, start=width, stop=2 * width))
+    notes = ()
+    if rope["rope_type"] == "longrope":
+        switch = rope["original_max_position_embeddings"]
+        notes = (
+            f"Longer than {switch} tokens, all positions turn by other angles. When generate() crosses that length, Phi-3 "
+            "computes its cache anew and this class does not, so the text after it may differ; single passes agree.",
+        )
     if share == 1:
         fields.carry("sliding_window")
         fields.replace("rope_parameters", "carried", rope_parameters=rope)
         _experts_width(fields)
         tensors = _same_with(MIXTRAL.tensors, {W_GATE: gate, W_UP: up})
         engines = {} if fields["sliding_window"] is None else {"llama.cpp": "no sliding window: equal up to its length"}
-        return Target(MIXTRAL, {**tensors, **attention}, engines=engines)
+        return Target(MIXTRAL, {**tensors, **attention}, engines=engines, notes=notes)
     # Only a part of each head is rotated: Mixtral rotates all of it, Glm4Moe does not.
     window = fields["sliding_window"]
     if window is not None and window < fields["max_position_embeddings"]:
@@ -261,7 +268,7 @@ def phi3(fields: Fields) -> Target:
     fields.set(attention_bias=False, use_qk_norm=False)
     _experts_width(fields, moe_intermediate_size=width)
     tensors = _same_with(GLM4_MOE.tensors, {W_GATE: gate, W_UP: up})
-    return Target(GLM4_MOE, {**tensors, **attention}, notes=(SILENT_NOTE,), exact_up_to=window)
+    return Target(GLM4_MOE, {**tensors, **attention}, notes=(SILENT_NOTE, *notes), exact_up_to=window)
 
 
 def _same_with(tensors, fused: dict) -> dict[str, Rule]:
@@ -426,6 +433,7 @@ def smollm3(fields: Fields) -> Target:
         )
     fields.carry("layer_types")
     fields.drop("use_sliding_window", "sliding_window", because="no layer has a window")
+    fields.set(attention_chunk_size=fields["max_position_embeddings"])  # no layer is chunked; None fails in 5.23
     _experts_width(fields, intermediate_size_mlp=fields["intermediate_size"])
     parts = ["weight", "bias"] if fields["attention_bias"] else ["weight"]
     names = [f"{ATTENTION}{n}_proj.{part}" for n in ("q", "k") for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
 import json
@@ -116,6 +117,7 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     tolerance is 1e-5, times the largest logit where that exceeds 1. Both models are put into evaluation mode and back.
     """
     dense, moe = _float32(dense), _float32(moe)
+    use_eager_if_needed(moe)
     modes = [(model, model.training) for model in (dense, moe)]
     notes, vocab = [], dense.get_input_embeddings().weight.shape[0]
     limits = [
@@ -175,6 +177,18 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
 
 def _worst(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).max())  # unlike Python's max, it lets a NaN through
+
+
+def fits_grouped_mm(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Are an expert weight's rows multiples of 16 bytes? torch's grouped product (transformers' default) needs that."""
+    return shape[-1] * dtype.itemsize % 16 == 0
+
+
+def use_eager_if_needed(moe) -> None:
+    """Switch a model whose widths torch's grouped product does not take to transformers' loop over experts."""
+    if not all(fits_grouped_mm(p.shape, p.dtype) for p in moe.parameters() if p.ndim == 3):
+        with contextlib.suppress(ValueError):  # Llama4 has one implementation only, which takes any width
+            moe.set_experts_implementation("eager")
 
 
 def _float32(model):
