@@ -67,6 +67,13 @@ def test_the_alarm_names_only_the_layers_that_collapsed_by_their_own_numbers():
     assert report.alarm is None and "ALARM" not in str(report) + report._repr_html_()
 
 
+@pytest.mark.parametrize(("experts_in_use", "collapsed"), [(8, ()), (4, ()), (3, (0,)), (2, (0,))])
+def test_a_layer_has_collapsed_in_the_lowest_quarter_between_k_and_all_experts(experts_in_use, collapsed):
+    turns_N = torch.arange(960)  # each expert in use equally often; the border is 2 + (8 - 2) / 4 = 3.5 experts
+    ids_LNK = torch.stack([turns_N, turns_N + 1], dim=-1)[None] % experts_in_use
+    assert load_report(ids_LNK, 8).collapsed_layers == collapsed
+
+
 def test_a_collapse_that_the_pooled_load_shows_is_not_called_hidden():
     report = load_report(torch.tensor([[[3, 5]]]).expand(3, 400, 2), 8)
     assert report.collapsed_layers == (0, 1, 2) and "shows it, too" in report.alarm

@@ -133,9 +133,10 @@ def vocabulary_specialization(
     """Mean over token ids x of max_E N_{x,E} / N_x: how much of a token's occurrences its favourite expert sees.
 
     OLMoE, section 5.4, averaged as there: each token id counts once, however frequent. Range K/E..1; NaN if no id
-    occurs `min_count` times. An id that occurs once scores 1 whatever the router does; `min_count` leaves the rare
-    ones out. Uniform: K/E plus what a maximum over few occurrences gains, which is a lot, so compare with
-    `shuffled_baseline`. Pass `expert_ids_NK[..., :1]` for the first choice alone, as in OLMoE's figure for k = 1.
+    occurs `min_count` times. An id that occurs once scores 1 whatever the router does, so rare ones are left out;
+    OLMoE's figure keeps them (min_count=1). Uniform: K/E plus what a maximum over few occurrences gains, which is a
+    lot, so compare with `shuffled_baseline` (labels: the token ids). `expert_ids_NK[..., :1]` gives the first choice
+    alone, OLMoE's k = 1.
     """
     counts_VE = _counts(expert_ids_NK, token_ids_N, num_experts)
     occurrences_V = counts_VE.sum(-1) / expert_ids_NK.shape[-1]
@@ -146,6 +147,7 @@ def vocabulary_specialization(
 def coactivation(expert_ids_NK: Tensor, num_experts: int) -> Tensor:
     """share_EE: N_ij / N_i, the fraction of expert i's tokens that also go to expert j (OLMoE, section 5.2).
 
+    All pairs of a token's experts count, as in the paper's definition; its script counts neighbours in rank only.
     Range 0..1; the diagonal is 1, a row without tokens NaN; the rest of a row sums to K-1. Uniform: (K-1)/(E-1) off
     the diagonal. Shuffled (first choices against the rest): an expert is followed by the others as they are loaded.
     """
