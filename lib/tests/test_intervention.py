@@ -194,7 +194,7 @@ def test_layers_count_blocks():
 
 
 def test_token_losses():
-    model = new_model().train()
+    model = new_model(noisy=True).train()
     tokens_BT, targets_BT = tokens()
     targets_BT[1, 4:] = -100
     losses_BT = token_losses(model, tokens_BT, targets_BT)

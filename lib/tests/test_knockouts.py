@@ -57,6 +57,7 @@ def synthetic_seed(seed, scale):
         "divergence": [0.5, 0.3],
         "divergence_shuffled": {"mean": [0.1, 0.1], "spread": [0.1, 0.01]},
         "chance_spreads": 3.0,
+        "training": {"divergence": [[0.1, 0.25], [0.2, 0.2], [0.4, 0.35]]},
         "worst": [
             dict(layer=1, expert=2, domain="b", delta=0.25, margin=0.125, error=0.025, spreads=5.0),
             dict(layer=0, expert=1, domain="a", delta=0.2, margin=0.1, error=0.05, spreads=2.0),
@@ -78,6 +79,7 @@ def test_summary_by_hand():
     assert a["random_alone"][0] == pytest.approx(2 * 5.0) and b["random_alone"][0] == pytest.approx(2 * 6.0)
     text = table(result)
     assert "seed 7: domains differ by 0.500 0.300 bits" in text and "4.0 20.0 spreads above chance" in text
+    assert "on the probe 0.100 0.250 before any update (experts alike!), 0.400 0.350 at the end" in text
     assert "1 of 2 experts serve one domain more than chance allows (3.0 spreads): b 1" in text
     assert "without expert 2 of layer 1 b loses 0.2500 nats, 0.1250 ± 0.0250 more" in text
     assert "expert 1 of layer 0" not in text

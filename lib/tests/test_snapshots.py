@@ -126,6 +126,7 @@ def test_a_snapshot_by_hand_leaves_the_mode_alone():
     state = torch.get_rng_state()
     snapshots(0, model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert not snapshots.probabilities.requires_grad, "no graph is kept"
     assert torch.equal(snapshots.expert_ids[0, 1], model.eval()(probe()).routings[1].expert_ids_NK)
     model.train()
     assert not torch.equal(model(probe()).routings[1].expert_ids_NK, snapshots.expert_ids[0, 1]), "noise in training"

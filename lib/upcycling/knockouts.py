@@ -190,6 +190,10 @@ def table(result: dict) -> str:
             f"seed {one['seed']}: domains differ by {_numbers(value_L)} bits (layer by layer; shuffled "
             f"{_numbers(chance['mean'])}), {_numbers(spreads_L, 1)} spreads above chance"
         )
+        first_L, *_, last_L = one["training"]["divergence"]
+        lines.append(
+            f"    on the probe {_numbers(first_L)} before any update (experts alike!), {_numbers(last_L)} at the end"
+        )
         clear = [row for row in one["worst"] if row["spreads"] > one["chance_spreads"]]
         served = Counter(row["domain"] for row in clear)
         lines.append(
