@@ -31,6 +31,22 @@ TORCH_CHOICES = ("cpu", "cuda", "default")
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 GIGABYTES_NEEDED = {"cpu": 3, "default": 3, "cuda": 10}
 
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "msedge",
+    "microsoft-edge",
+)
+BROWSER_FILES = (  # where they lie without being on the PATH
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+    r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+)
+
 COMMANDS = {  # name -> arguments of the environment's Python
     "setup": None,
     "lab": ["-m", "jupyterlab", str(ROOT / "notebooks" / "00_start_here.ipynb")],
@@ -278,6 +294,75 @@ def set_up():
     return True
 
 
+def runs(browser):
+    """False for what only stands in for a browser, such as Ubuntu's chromium before its snap is there."""
+    if os.name == "nt":  # there, asking for the version opens a window
+        return True
+    try:
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        return subprocess.run([browser, "--version"], **quiet).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def find_browser(environment):
+    """Path of a browser that the tests can drive: CHROMIUM's, an installed one or playwright's own; None if none."""
+    wanted = environment.get("CHROMIUM")
+    if wanted:
+        if not Path(wanted).exists():
+            raise SetupError(f"CHROMIUM={wanted} does not exist; give the path of a Chromium, or unset it")
+        return wanted
+    paths = [path for path in map(shutil.which, BROWSERS) if path] + [
+        path for path in BROWSER_FILES if Path(path).exists()
+    ]
+    probe = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
+    python = str(PYTHON) if PYTHON.exists() else sys.executable  # conda's, when the tests ask
+    finished = subprocess.run([python, "-c", probe], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    own = finished.stdout.decode().strip()
+    paths += [own] if own and Path(own).exists() else []
+    return next(filter(runs, paths), None)
+
+
+def browser_installers():
+    """(what is tried, its commands) for this machine, in order."""
+    result = []
+    if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        packages = ["chromium", "fonts-liberation"]
+        install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+        result.append(("apt-get install chromium", [["apt-get", "update"], install]))
+    result.append(("playwright install chromium", [[str(PYTHON), "-m", "playwright", "install", "chromium"]]))
+    return result
+
+
+def prepare_browser():
+    """The path of a browser for the tests, installed where that can be done; None, with the reason printed, if not."""
+    browser = find_browser(os.environ)
+    failures = []
+    for name, commands in [] if browser else browser_installers():
+        print(f"no browser for the browser tests; trying {name}", flush=True)
+        environment = dict(child_environment(os.environ), DEBIAN_FRONTEND="noninteractive")
+        output = ""
+        try:
+            for command in commands:
+                finished = subprocess.run(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
+                )
+                output = finished.stdout.decode(errors="replace").strip() or f"exit status {finished.returncode}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            output = str(error)
+        browser = find_browser(os.environ)
+        if browser:
+            break
+        failures.append(f"{name}: {output.splitlines()[-1]}")
+    if not browser:
+        print(
+            "the browser tests (lib/tests/test_browser.py) will be skipped: no Chromium, Chrome or Edge was found and "
+            f"none could be installed ({'; '.join(failures)}). CHROMIUM=path names one.",
+            flush=True,
+        )
+    return browser
+
+
 def main(arguments):
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__, file=sys.stderr)
@@ -297,8 +382,14 @@ def main(arguments):
     if name == "lab" and hasattr(os, "geteuid") and os.geteuid() == 0:
         rest = ["--allow-root", *rest]
     command = [str(PYTHON), *COMMANDS[name], *rest]
+    environment = child_environment(os.environ)
     try:
-        return subprocess.call(command, env=child_environment(os.environ))
+        if name == "test" and not {"lint", "notebooks"} & set(rest):
+            environment["CHROMIUM"] = prepare_browser() or ""
+        return subprocess.call(command, env=environment)
+    except SetupError as error:
+        print(f"set-up stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # the command got it too and has said so
         return 130
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def bootstrap(tmp_path, monkeypatch):
     for name in ("UPCYCLING_TORCH", "PIP_FIND_LINKS", "UV_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(module, "prepare_browser", lambda: None)
     return module
 
 
@@ -303,3 +305,99 @@ def test_makefile_is_thin(bootstrap):
     targets = next(line for line in text.splitlines() if line.startswith(".PHONY:")).split()[1:]
     assert set(targets) == set(bootstrap.COMMANDS)
     assert [line for line in text.splitlines() if line.startswith("\t")] == ["\t@$(PYTHON) bootstrap.py $@ $(ARGS)"]
+
+
+@pytest.fixture
+def browsers(bootstrap, tmp_path, monkeypatch):
+    """No browser anywhere; `commands` are what was started to get one, `works` names the one that brings chromium."""
+    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "bootstrap.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    here = tmp_path / "bin"
+    here.mkdir()
+    state = types.SimpleNamespace(module=module, commands=[], works=None, chromium=here / "chromium")
+
+    def run(command, **options):
+        state.commands.append(command)
+        if state.works and state.works in command:
+            program(state.chromium, "exit 0")
+        status = 0 if Path(command[0]).name == "chromium" and "broken" not in state.chromium.read_text() else 1
+        return subprocess.CompletedProcess(command, status, b"first line\nE: no network\n", b"")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "BROWSER_FILES", ())
+    monkeypatch.setattr(module.os, "geteuid", lambda: 0, raising=False)
+    monkeypatch.setenv("PATH", str(here))
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    program(here / "apt-get", "exit 0")
+    return state
+
+
+def program(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def asked(state, word):
+    return [command for command in state.commands if word in command]
+
+
+@posix
+def test_browser_that_is_there_is_taken(browsers):
+    program(browsers.chromium, "exit 0")
+    assert browsers.module.prepare_browser() == str(browsers.chromium)
+    assert not asked(browsers, "install")
+
+
+@posix
+def test_named_browser_comes_first_and_must_exist(browsers, tmp_path, monkeypatch):
+    program(browsers.chromium, "exit 0")
+    other = tmp_path / "other"
+    monkeypatch.setenv("CHROMIUM", str(other))
+    with pytest.raises(browsers.module.SetupError, match=r"CHROMIUM=.*other does not exist"):
+        browsers.module.prepare_browser()
+    program(other, "exit 0")
+    assert browsers.module.prepare_browser() == str(other)
+
+
+@posix
+def test_root_gets_debians_browser(browsers, capsys):
+    browsers.works = "fonts-liberation"
+    assert browsers.module.prepare_browser() == str(browsers.chromium)
+    assert asked(browsers, "update") and not asked(browsers, "playwright")
+
+
+@posix
+def test_who_cannot_use_apt_gets_playwrights(browsers, monkeypatch):
+    monkeypatch.setattr(browsers.module.os, "geteuid", lambda: 1000)
+    browsers.works = "playwright"
+    assert browsers.module.prepare_browser() == str(browsers.chromium)
+    assert not asked(browsers, "apt-get")
+
+
+@posix
+def test_something_that_is_no_browser_is_not_taken(browsers, capsys):
+    program(browsers.chromium, "exit 1  # broken")
+    assert browsers.module.prepare_browser() is None
+    assert asked(browsers, "fonts-liberation") and asked(browsers, "playwright")
+
+
+@posix
+def test_no_browser_says_what_is_skipped_and_why(browsers, capsys):
+    assert browsers.module.prepare_browser() is None
+    said = capsys.readouterr().out
+    assert "test_browser.py) will be skipped" in said and "playwright install chromium: E: no network" in said
+
+
+@posix
+@pytest.mark.parametrize(
+    "arguments, prepared",
+    [([], True), (["--only", "library"], True), (["--only", "lint"], False), (["--only", "notebooks"], False)],
+)
+def test_browser_is_prepared_for_the_tests_that_need_it(bootstrap, installs, monkeypatch, arguments, prepared):
+    environments = []
+    monkeypatch.setattr(bootstrap, "prepare_browser", lambda: "/a/browser")
+    monkeypatch.setattr(bootstrap.subprocess, "call", lambda command, env: environments.append(env) or 0)
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    assert bootstrap.main(["test", *arguments]) == 0
+    assert environments[0].get("CHROMIUM") == ("/a/browser" if prepared else None)

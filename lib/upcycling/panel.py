@@ -104,20 +104,19 @@ class Panel:
                     problems.append(str(error))
         finally:
             self._updating = False
-        said = html.escape(" ".join(problems[:1]))
+        said = html.escape(visible(" ".join(problems[:1])))
         self._problem.value = said and f'<p role="alert" style="color:#B00020;margin:2px">{said}</p>'
 
     def _show(self, view: View) -> None:
         for widget, strip in zip(self.strips, view.strips):
             widget.show(strip, view.followed)
-        said = html.escape(view.sentence)
+        said = html.escape(visible(view.sentence))
         self._sentence.value = f'<p role="status" aria-live="polite" style="line-height:1.4;margin:2px">{said}</p>'
         self._words.value = view.words
         # not widgets.Image: that has no alternative text, and a tooltip breaks its view (ipywidgets 8.1)
         data = base64.b64encode(png(view.figure)).decode()
         self._picture.value = (
-            f'<img alt="{html.escape(view.sentence)}" decoding="sync" style="max-width:100%;height:auto" '
-            f'src="data:image/png;base64,{data}">'
+            f'<img alt="{said}" decoding="sync" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
         )
 
     def still(self):
@@ -125,7 +124,7 @@ class Panel:
         from IPython.display import Image
 
         view = self.view()
-        return Image(data=view.png(), format="png", alt=view.sentence)
+        return Image(data=view.png(), format="png", alt=visible(view.sentence))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.controls)})"
@@ -161,7 +160,7 @@ class _StripWidget:
         if list(self.buttons.options) != options:
             self.buttons.options = options
         self.buttons.value = followed
-        heading = f"<b>{html.escape(strip.title)}</b> " if strip.title else ""
+        heading = f"<b>{html.escape(visible(strip.title))}</b> " if strip.title else ""
         self.title.value = f'<span style="font-size:90%">{heading}{html.escape(strip.legend)}</span>'
         self.cards.value = strip_style(strip, self.scope) + strip_cards(strip)
         here = f":nth-child({followed + 1})"
