@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 
 EXAMPLE = """\
 examples:
@@ -30,13 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _inspect_parser() if inspecting else _convert_parser()
     options = parser.parse_args(arguments[1:] if inspecting else arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what they would say is for those who write models
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a shared expert of width 0
     try:
         return _inspect(options) if inspecting else _convert(options)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted" if inspecting else "interrupted; the same command continues", file=sys.stderr)
         return 1
 
 
@@ -55,14 +57,16 @@ def _convert_parser() -> argparse.ArgumentParser:
     parser.add_argument("--experts", type=int, default=8, metavar="E", help="experts in a layer (default: 8)")
     parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts that a token uses (default: 2)")
     parser.add_argument(
-        "--layers",
-        default="all",
-        metavar="LAYERS",
+        "--layers", type=_layers, default="all", metavar="LAYERS",
         help="which become MoE: all (default), even, odd, or 0,2,4; 8-15 is a range",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--init", default="copy", choices=("copy", "noise"),
         help="experts are copies (default; the function does not change) or copies with noise (it does, a little)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", type=float, default=0.05, metavar="STD",
+        help="of --init noise, in units of each weight matrix's own standard deviation (default: 0.05)",
     )  # fmt: skip
     parser.add_argument(
         "--router-std", type=float, default=0.02, metavar="STD", help="of the routers' random weights (default: 0.02)"
@@ -72,10 +76,13 @@ def _convert_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the routers and the noise (default: 0)")
     parser.add_argument(
-        "--max-shard-size", type=float, default=2.0, metavar="GB", help="largest weight file (default: 2)"
+        "--max-shard-size", type=_gigabytes, default=2.0, metavar="GB", help="largest weight file (default: 2)"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the dense model")
-    parser.add_argument("--dry-run", action="store_true", help="print plan, sizes, memory and disk; write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print plan, sizes, memory and disk; write nothing (a model from the hub is downloaded all the same)",
+    )  # fmt: skip
     return parser
 
 
@@ -91,7 +98,9 @@ def _inspect_parser() -> argparse.ArgumentParser:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", help="route this text (default: a few sentences of several kinds)")
     text.add_argument("--text-file", metavar="FILE", help="route this file's text (UTF-8)")
-    text.add_argument("--ids", help="route these token ids, such as 5,17,3 (for a folder without a tokenizer)")
+    text.add_argument(
+        "--ids", type=_ids, help="route these token ids, such as 5,17,3 (for a folder without a tokenizer)"
+    )
     return parser
 
 
@@ -100,9 +109,10 @@ def _convert(options) -> int:
 
     from .conversion import prepare
 
+    layers = _layer_numbers(options.layers, options.model)
     job = prepare(
-        options.model, options.out, options.experts, options.top_k, layers=_layers(options.layers, options.model),
-        init=options.init, router_std=options.router_std, seed=options.seed,
+        options.model, options.out, options.experts, options.top_k, layers=layers,
+        init=options.init, noise=options.noise, router_std=options.router_std, seed=options.seed,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         max_shard_size=int(options.max_shard_size * 1e9),
     )  # fmt: skip
@@ -116,25 +126,38 @@ def _convert(options) -> int:
     return 0
 
 
-def _layers(text: str, model: str) -> list[int] | None:
-    """The indices that --layers asks for; None for all."""
-    if text == "all":
-        return None
-    if text in ("even", "odd"):
-        from .pretrained import read_config
-        from .weight_files import open_source
+def _layers(text: str):
+    """What --layers asks for: "all", "even", "odd" or a list of indices."""
+    if text in ("all", "even", "odd"):
+        return text
+    try:
+        parts = [part.split("-") for part in text.split(",")]
+        return [layer for first, *last in parts for layer in range(int(first), int(last[0] if last else first) + 1)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is none of all, even, odd, or indices such as 0,2,4-7") from None
 
-        return list(range(text == "odd", read_config(open_source(model)).num_hidden_layers, 2))
-    chosen = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            chosen += range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            raise ValueError(
-                f"--layers {text} is not understood; give all, even, odd, or indices such as 0,2,4-7"
-            ) from None
-    return chosen
+
+def _layer_numbers(choice, model: str) -> list[int] | None:
+    """The indices of the MoE layers; None for all."""
+    if choice not in ("even", "odd"):
+        return None if choice == "all" else choice
+    from .pretrained import read_config
+    from .weight_files import open_source
+
+    return list(range(choice == "odd", read_config(open_source(model)).num_hidden_layers, 2))
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no list of token ids such as 5,17,3") from None
+
+
+def _gigabytes(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no size: give a number above 0")
+    return float(text)
 
 
 def _inspect(options) -> int:
@@ -144,16 +167,9 @@ def _inspect(options) -> int:
     if options.text_file:
         with open(options.text_file, encoding="utf-8") as file:
             text = file.read()
-    for line in inspect_folder(options.folder, text=text, ids=_ids(options.ids)):
+    for line in inspect_folder(options.folder, text=text, ids=options.ids):
         print(line, flush=True)
     return 0
-
-
-def _ids(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--ids {text} is not understood; give token ids such as 5,17,3") from None
 
 
 if __name__ == "__main__":

@@ -232,7 +232,8 @@ def in_bytes(count: float) -> str:
 
 def prepare(
     model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
-    router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, max_shard_size: int = MAX_SHARD_SIZE,
+    noise: float = 0.05, router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Conversion:  # fmt: skip
     """Check everything that can be checked before anything is written; arguments as for `convert`, same errors."""
     out = Path(out).expanduser()
@@ -246,7 +247,7 @@ def prepare(
     if config.dtype is None:  # then transformers takes the weights' own, and so do we
         config.dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
     chosen = plan(
-        config, num_experts, top_k, layers=layers, init=init, router_std=router_std, seed=seed, dtype=dtype
+        config, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed, dtype=dtype
     )  # fmt: skip
     if chosen.target is None:
         raise Refusal(f"{chosen.source} has no stock MoE class: {chosen.reason}", chosen.nearest)
@@ -262,7 +263,7 @@ def prepare(
         "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
         "config": json.loads(chosen.config.to_json_string(use_diff=False)),
         "dtype": None if dtype is None else str(dtype),
-        "layers": list(chosen.layers), "init": init, "router_std": router_std, "seed": seed,
+        "layers": list(chosen.layers), "init": init, "noise": noise, "router_std": router_std, "seed": seed,
         "max_shard_size": max_shard_size,
     }  # fmt: skip
     return Conversion(str(model), source, out, chosen, plan_shards(entries, max_shard_size), settings)
@@ -270,7 +271,7 @@ def prepare(
 
 def convert(
     model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
-    router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, verify: bool = True,
+    noise: float = 0.05, router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, verify: bool = True,
     max_shard_size: int = MAX_SHARD_SIZE, verify_memory: int = VERIFY_MEMORY, progress: bool = True,
 ) -> Receipt | None:  # fmt: skip
     """Write the MoE of a dense model, a folder or a hub name, to the new folder `out`; return the receipt.
@@ -282,8 +283,8 @@ def convert(
     too small or fails; ValueError when the result is not the same function, and then there is no `out`.
     """
     job = prepare(
-        model, out, num_experts, top_k, layers=layers, init=init, router_std=router_std, seed=seed, dtype=dtype,
-        max_shard_size=max_shard_size,
+        model, out, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed,
+        dtype=dtype, max_shard_size=max_shard_size,
     )  # fmt: skip
     return job.run(verify=verify, verify_memory=verify_memory, progress=progress)
 
@@ -327,7 +328,7 @@ def _write_weights(job: Conversion, finished: dict[str, str], progress: bool) ->
             else:
                 finished = finished | {shard.file: shard.write(job.partial, job.source, bar)}
                 _write_manifest(job, finished)
-    return finished
+    return {shard.file: finished[shard.file] for shard in job.shards}
 
 
 def _bar(job: Conversion, what: str, progress: bool):

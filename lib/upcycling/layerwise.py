@@ -121,7 +121,8 @@ def _one_layer_config(config, layer: int, vocab_size: int):
         name: [value[layer]] if isinstance(value, list) and len(value) == n_layers else value
         for name, value in values.items()
     }
-    values |= {"num_hidden_layers": 1, "vocab_size": vocab_size}
+    # The balance loss that transformers adds is undefined for a layer without experts.
+    values |= {"num_hidden_layers": 1, "vocab_size": vocab_size, "output_router_logits": False}
     values |= {f"{kind}_token_id": None for kind in ("pad", "bos", "eos")}
     for name in ("mlp_only_layers", "moe_layers"):  # these list numbers of layers
         if values.get(name) is not None:

@@ -38,10 +38,10 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 {engines}
 ## Settings
 
-`--experts {num_experts} --top-k {top_k} --layers {layers} --init {init} --router-std {router_std} --seed {seed}`;
-the full record is in `upcycling_receipt.json`.
+`--experts {num_experts} --top-k {top_k} --layers {layers} --init {init}{noise} --router-std {router_std}
+--seed {seed}`; the full record is in `upcycling_receipt.json`.
 """
-_ASKED = ("num_experts", "top_k", "layers", "init", "router_std", "seed")
+_ASKED = ("num_experts", "top_k", "layers", "init", "noise", "router_std", "seed")
 
 
 def receipt_record(job, receipt: Receipt | None, digests: dict[str, str]) -> dict:
@@ -65,6 +65,7 @@ def model_card(job, receipt: Receipt | None) -> str:
         "active": sizes.active,
         "where": "every layer" if plan.layers == tuple(range(plan.config.num_hidden_layers)) else "some layers",
         "layers": ",".join(map(str, plan.layers)),
+        "noise": "" if exact else f" --noise {plan.noise}",
         "copies": "all of them copies" if exact else "copies with noise",
         "state": "it computes what the dense model computes" if exact else "it is a little off the dense model",
         "equality": "Its outputs were **not compared** with the dense model's.",
