@@ -22,6 +22,8 @@ _HOME = {
     "environment": ["check_environment"],
     "intervention": ["intervene", "knockout", "token_losses", "domain_losses"],
     "metrics": ["shuffled_baseline", "uniform_baseline"],
+    "pretrained": ["plan", "upcycle_pretrained"],
+    "receipt": ["verify"],
     "conversion": ["convert"],
     "diagnosis": ["load_report", "evaluate_routing", "diagnose_router"],
     "explorer": ["TokenExplorer", "TrainingPlayback", "WhatIf", "CompareRouting"],
