@@ -395,7 +395,8 @@ def test_inner_model_and_embeddings():
         model.model(x_BT)  # not the model that was given, but what is inside it
         model(inputs_embeds=model.get_input_embeddings()(x_BT))
         model.model(inputs_embeds=model.get_input_embeddings()(x_BT))
-        model.model.layers[0].mlp(torch.randn(1, 4, D))  # by hand: no forward of the model
+        for _ in range(2):
+            model.model.layers[0].mlp(torch.randn(1, 4, D))  # by hand: no forward of the model
     assert trace.tokens.tolist() == x_BT.flatten().tolist() + [-1] * 12
     assert torch.equal(trace.logits[:, :6], trace.logits[:, 6:12]) and trace.sequence.max() == 5
     with record_routing(model.model) as inner, torch.no_grad():
@@ -468,9 +469,12 @@ def test_close_and_disk_errors(tmp_path):
     with pytest.raises(ValueError, match="closed"):
         trace.logits  # noqa: B018
     (tmp_path / "file").write_text("")
-    with record_routing(model, memory_limit=0, directory=tmp_path / "file"):
+    with record_routing(model, memory_limit=0, directory=tmp_path / "file") as trace:
         with pytest.raises(OSError, match="free disk space, choose another `directory`"):
             model(tokens(1, 2))
+        model(tokens(1, 2))  # the model is none the worse for it
+    with pytest.raises(ValueError, match="closed"):
+        trace.logits  # noqa: B018
     assert hooks_of(model) == []
 
 
@@ -599,15 +603,17 @@ def test_rerouted_removes_an_expert_and_the_model_follows(family):
     assert torch.isfinite(changed).all() and not torch.equal(changed, plain)
 
 
-def test_absent_experts_of_a_group():
+@pytest.mark.parametrize("absent", [[0, 1], [2, 3]])
+def test_absent_experts_of_a_group(absent):
     """DeepSeek's groups: one whose experts are all absent is passed over, also when every other score is negative."""
     holder = SimpleNamespace(
         top_k=2, num_experts=4, num_group=2, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
-        e_score_correction_bias=torch.tensor([0.0, 0.0, -5.0, -5.0]),
+        e_score_correction_bias=torch.full((4,), -5.0),
     )  # fmt: skip
-    logits_NE = torch.tensor([[-torch.inf, -torch.inf, 0.0, 1.0]])
+    logits_NE = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    logits_NE[0, absent] = -torch.inf
     weights_NK, expert_ids_NK = grouped_sigmoid(holder, logits_NE)
-    assert sorted(expert_ids_NK[0].tolist()) == [2, 3]
+    assert {*expert_ids_NK[0].tolist(), *absent} == {0, 1, 2, 3}
     torch.testing.assert_close(weights_NK.sum(), torch.tensor(1.0))
 
 

@@ -43,6 +43,8 @@ class Store:
         self.closed = False
 
     def append(self, chunk: dict[str, Tensor]) -> None:
+        if self.closed:
+            return
         sizes = {name: (chunk[name].shape[0], chunk[name].shape[2]) for name in PER_LAYER}
         if self.sizes and sizes != self.sizes:
             raise ValueError(
@@ -98,6 +100,7 @@ class Store:
                         (tensor.transpose(0, 1) if name in PER_LAYER else tensor).contiguous().numpy().tofile(file)
                 self.chunks[name] = []
         except OSError as error:
+            self.close()  # some fields may have been written and others not
             raise OSError(
                 f"the trace could not be written to {self.folder.name if self.folder else self.directory} ({error}): "
                 "free disk space, choose another `directory`, or raise `memory_limit`"
