@@ -135,6 +135,10 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     window = getattr(dense.config.get_text_config(), "sliding_window", None)
     if window and window >= length:
         notes.append(f"the probe is shorter than the sliding window of {window}: what lies beyond was not compared")
+    buffers = dict(moe.named_buffers())
+    for name, buffer in dense.named_buffers():
+        if name in buffers and not torch.equal(buffer, buffers[name].to(buffer)):
+            notes.append(f"{name} differs: was a model cast after loading? from_pretrained(…, dtype=…) keeps such tables")
     try:
         for model in (dense, moe):
             model.eval()
