@@ -367,6 +367,13 @@ def test_noise_is_reported_not_refused(llama, tmp_path):
     assert loads(tmp_path / "moe")
 
 
+def test_weights_that_have_to_be_changed_do_not_fit_in_half_precision_and_the_remedy_works(tmp_path):
+    source = saved(tmp_path, "gemma", dtype=torch.bfloat16)  # its norms multiply by 1 + weight, a Mixtral's by weight
+    with pytest.raises(ValueError, match="bfloat16 rounds them: convert to dtype float32"):
+        convert(source, tmp_path / "moe", E, 2, progress=False)
+    assert convert(source, tmp_path / "moe", E, 2, dtype=torch.float32, progress=False).max_abs_diff <= 1e-5
+
+
 def test_half_precision_is_compared_with_the_dense_model_at_the_same_precision(llama, tmp_path):
     for memory in (2e9, 0):
         receipt = convert(

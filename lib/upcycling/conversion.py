@@ -57,7 +57,8 @@ class Entry:
         return math.prod(self.tensor.shape) * self.dtype.itemsize
 
     def make(self, source: WeightFiles) -> Tensor:
-        return self.tensor.make(*(source[name] for name in self.tensor.sources), dtype=self.dtype)
+        # First the type, then the arithmetic, as when a model of this type is upcycled in memory.
+        return self.tensor.make(*(source[name].to(self.dtype) for name in self.tensor.sources), dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -404,5 +405,5 @@ def _remedy(job: Conversion, receipt: Receipt) -> str:
         return f"the logits agree, but greedy generation does not ({receipt.greedy!r} is the dense model's)"
     changed = any(entry.tensor.rule.transform is not None for shard in job.shards for entry in shard.entries)
     if changed and job.plan.dtype != torch.float32:
-        return f"some weights had to be changed and {job.plan.dtype} rounds them: convert to float32"
+        return f"some weights had to be changed and {str(job.plan.dtype)[6:]} rounds them: convert to dtype float32"
     return "the conversion's rules do not fit this model: report its config.json"
