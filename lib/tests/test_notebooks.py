@@ -135,7 +135,8 @@ def problems(notebook, path):
 def test_there_are_notebooks_in_order():
     assert NOTEBOOKS
     numbers = [path.name[:2] for path in NOTEBOOKS]
-    assert numbers == [f"{number:02d}" for number in range(len(NOTEBOOKS))]
+    assert numbers[0] == "00" and all(number.isdigit() for number in numbers)
+    assert len(set(numbers)) == len(numbers), "two notebooks have one number"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
