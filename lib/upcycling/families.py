@@ -1,16 +1,16 @@
-"""The rules: which stock transformers MoE class computes the same function as a dense model, and how to make its tensors.
+"""The rules: which stock transformers MoE class computes the same function as a dense model, from which tensors.
 
-A family is one function `rule(fields) -> Target`. It reads a dense configuration through `Fields`, where every field has
-to be carried, replaced, required or dropped *by name* (what is left over and not at its default is an error), and returns
-the MoE class together with a table of its tensors, in the names that `save_pretrained` writes:
+A family is one function `rule(fields) -> Target`. It reads a dense configuration through `Fields`, where every field
+has to be carried, replaced, required or dropped *by name* (what is left over and not at its default is an error), and
+returns the MoE class together with a table of its tensors, in the names that `save_pretrained` writes:
 
     {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": expert("model.layers.{layer}.mlp.gate_proj.weight"),
      "model.layers.{layer}.mlp.gate.weight": router()}
 
 A target tensor that the table does not name is a copy of the source tensor of the same name. So a rule is stated per
-target tensor, with the source tensors that it is made from, and the in-memory path and the streaming one (shard by shard)
-carry out the same list: `build(target, …) -> tuple[TargetTensor, …]`. It fails by name when a source tensor is used by no
-target, or a target has no source. All of this works on configurations and shapes; no weight is read.
+target tensor, with the source tensors that it is made from, and the in-memory path and the streaming one (shard by
+shard) carry out the same list: `build(target, …) -> tuple[TargetTensor, …]`. It fails by name when a source tensor is
+used by no target, or a target has no source. All of this works on configurations and shapes; no weight is read.
 
 To add a family: write its function and add it to a module's `FAMILIES` (model_type -> rule), and a line of tiny
 configurations to `tests/tiny_families.json`. `refuse(reason, nearest)` ends a rule where no stock class fits.
@@ -68,8 +68,8 @@ class Fields:
     """A dense configuration whose every field has to be accounted for.
 
     `fields[name]` reads a field; `carry`, `replace`, `require` and `drop` account for it. A name that the configuration
-    does not have is passed over by all of them. `target` collects the MoE configuration's fields, `account` one sentence
-    a source field.
+    does not have is passed over by all of them. `target` collects the MoE configuration's fields, `account` has one
+    sentence for each source field.
     """
 
     def __init__(self, config):
@@ -123,7 +123,7 @@ class Fields:
         self.target.update(target)
 
     def rope(self, *, layer_types: tuple[str, ...] = ()) -> None:
-        """Carry `rope_parameters` with its theta (the target's default is another one); once per layer type if given."""
+        """Carry `rope_parameters` with its theta (the target's default is another); once per layer type if given."""
         rope = _copy.deepcopy(self.values["rope_parameters"])
         if rope.get("partial_rotary_factor") not in (None, 1):
             refuse(
@@ -250,9 +250,8 @@ class MoEClass:
     expert_width: str = "intermediate_size"  # the field with the experts' FFN width
     top_k: str = "num_experts_per_tok"  # the field with the number of experts per token
     settings: Mapping[str, Any] = field(default_factory=dict)
-    dense_layers: str | None = (
-        None  # "mlp_only_layers" (indices) or "mlp_layer_types" ("dense"/"sparse"): how some stay dense
-    )
+    # How some layers stay dense: "mlp_only_layers" (indices), "mlp_layer_types" ("dense" or "sparse"), or not at all.
+    dense_layers: str | None = None
     read_by_getattr: tuple[str, ...] = ()  # fields that the class uses although its configuration does not declare them
     balance_loss: bool = True  # does the class add one to its loss?
     engines: Mapping[str, str] = field(default_factory=dict)
@@ -260,7 +259,7 @@ class MoEClass:
 
 @dataclass(frozen=True)
 class Target:
-    """What a rule returns: `tensors` overrides the class's table; `exact_up_to` tokens it is exact (None: any number)."""
+    """What a rule returns: `tensors` overrides the class's; equal up to `exact_up_to` tokens (None: any number)."""
 
     moe: MoEClass
     tensors: Mapping[str, Rule] = field(default_factory=dict)
@@ -526,7 +525,7 @@ def configure(config, rule: Callable[[Fields], Target], *, num_experts: int, top
 
 
 def hub_shapes(config, class_name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """(Name -> shape of every tensor that `save_pretrained` writes for this class, tied name -> its twin); on no memory."""
+    """(Name -> shape of each tensor that `save_pretrained` writes for this class, tied name -> its twin); no memory."""
     import transformers
 
     with torch.device("meta"), warnings.catch_warnings():

@@ -24,7 +24,7 @@ __all__ = ["Plan", "Receipt", "Sizes", "plan", "read_config", "upcycle_pretraine
 
 INITS = ("copy", "noise")
 TRAINING_NOTES = (
-    "output_router_logits=True makes transformers add the balance loss to `loss`; it pools all layers before it compares "
+    "output_router_logits=True makes transformers add the balance loss to `loss`; it pools all layers before comparing "
     "expert loads, so layers that collapse on different experts look balanced: use a balance loss per layer to train.",
     "With it, generate() on a padded batch fails in transformers 5.23: pass output_router_logits=False there.",
 )
@@ -47,7 +47,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What upcycling a dense configuration comes to; prints as text. `target` is None where no class fits: see `reason`."""
+    """What upcycling a dense configuration comes to; prints as text. `target` is None where no class fits."""
 
     source: str  # the dense class
     target: str | None  # the MoE class
@@ -65,6 +65,7 @@ class Plan:
     account: Mapping[str, str] = field(default_factory=dict)  # dense field -> what becomes of it
     engines: Mapping[str, str] = field(default_factory=dict)  # engine -> what it will honour (read, not run)
     notes: tuple[str, ...] = ()
+    expert_width: int = 0  # of each expert's FFN
     exact_up_to: int | None = None  # tokens; None: any number
     sizes: Sizes | None = None
     config: Any = field(default=None, repr=False, compare=False)  # of the MoE
@@ -103,8 +104,9 @@ class Plan:
         if self.exact_up_to is not None:
             start += f", up to {self.exact_up_to} tokens"
         lines = [
-            f"{self.source} -> {self.target}: {self.num_experts} experts, top-{self.top_k}, {where}; {start}",
-            f"parameters {s.dense:,} -> {s.moe:,}, {s.active:,} active; {s.bytes / 2**30:.2f} GiB in {_name(self.dtype)}",
+            f"{self.source} -> {self.target}: {self.num_experts} experts of width {self.expert_width}, "
+            f"top-{self.top_k}, {where}; {start}",
+            f"parameters: {s.dense:,} -> {s.moe:,}, {s.active:,} active; {_gib(s.bytes)} in {_name(self.dtype)}",
             "settings: " + ", ".join(f"{name}={value!r}" for name, value in self.settings.items()),
         ]
         lines += [
@@ -130,6 +132,10 @@ class Plan:
 
 _EVIDENCE = {"transformers": " (compared by the tests)"}
 _PLAIN = ("carried", "left out: informational", "left out: at its default")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -160,10 +166,11 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Which stock MoE class has a dense model's logits, and what has to be set; or why there is none. Reads no weights.
 
-    `config`: a transformers configuration, a dict, a folder or a hub name. `layers`: indices of the MoE layers (default:
-    all). `init`: "copy", or "noise" (each expert's tensor plus N(0, (noise × its standard deviation)²), which changes the
-    function). `dtype`: of what will be written (default: the dense model's). Raises ValueError for settings that no model
-    could have, OSError for a folder that is not there; a model that cannot be upcycled is a Plan whose `target` is None.
+    `config`: a transformers configuration, a dict, a folder or a hub name. `layers`: indices of the MoE layers
+    (default: all). `init`: "copy", or "noise" (each expert's tensor plus N(0, (noise × its standard deviation)²), which
+    changes the function). `dtype`: of what will be written (default: the dense model's). Raises ValueError for settings
+    that no model could have, OSError for a folder that is not there; a model that cannot be upcycled is a Plan whose
+    `target` is None.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
@@ -209,14 +216,10 @@ def plan(
     for name in ("architectures", "model_type", "dtype", "transformers_version"):
         shown.pop(name, None)
     notes = list(target.notes)
-    notes += (
-        TRAINING_NOTES
-        if getattr(moe_config, "output_router_logits", False)
-        else [NO_BALANCE_LOSS.format(target.moe.name)]
-    )
+    notes += TRAINING_NOTES if target.moe.balance_loss else [NO_BALANCE_LOSS.format(target.moe.name)]
     if not all(fits_grouped_mm(t.shape, dtype) for t in tensors if t.kind in ("expert", "experts")):
         notes.append(
-            f"the widths are no multiples of {16 // dtype.itemsize}, which transformers' grouped_mm needs in {_name(dtype)}: "
+            f"transformers' grouped_mm needs widths in multiples of {16 // dtype.itemsize} for {_name(dtype)}: "
             "call model.set_experts_implementation('eager') after loading"
         )
     if top_k == 1:
@@ -228,8 +231,8 @@ def plan(
     return Plan(
         source, target.moe.name, None, None, num_experts, top_k, chosen, router_std, init, noise, seed, dtype,
         settings=shown, account=account, engines={**target.moe.engines, **target.engines}, notes=tuple(notes),
-        exact_up_to=target.exact_up_to, sizes=sizes, config=moe_config, tensors=tensors,
-        tied=tied,
+        expert_width=getattr(moe_config.get_text_config(), target.moe.expert_width), exact_up_to=target.exact_up_to,
+        sizes=sizes, config=moe_config, tensors=tensors, tied=tied,
     )  # fmt: skip
 
 
@@ -246,10 +249,10 @@ def upcycle_pretrained(
     model_or_folder, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None,
     router_std: float = 0.02, init: str = "copy", noise: float = 0.05, seed: int = 0, dtype: torch.dtype | None = None,
 ):  # fmt: skip
-    """A stock transformers MoE with the logits of a dense one (a model, a folder or a hub name); arguments as for `plan`.
+    """A stock transformers MoE with the logits of a dense model (or its folder or hub name); settings as in `plan`.
 
-    Returns a new model on the dense model's device and in its mode, with its generation configuration; the dense model is
-    unchanged. Raises ValueError where no class fits (see `plan`) or a tensor has no place.
+    Returns a new model on the dense model's device and in its mode, with its generation configuration; the dense model
+    is unchanged. Raises ValueError where no class fits (see `plan`) or a tensor has no place.
     """
     import transformers
 
@@ -259,7 +262,8 @@ def upcycle_pretrained(
     dense_config = copy.deepcopy(dense.config)
     dense_config.dtype = dense.dtype
     carried_out = plan(
-        dense_config, num_experts, top_k, layers=layers, router_std=router_std, init=init, noise=noise, seed=seed, dtype=dtype
+        dense_config, num_experts, top_k,
+        layers=layers, router_std=router_std, init=init, noise=noise, seed=seed, dtype=dtype,
     )  # fmt: skip
     if carried_out.target is None:
         raise Refusal(f"{carried_out.source} has no stock MoE class: {carried_out.reason}", carried_out.nearest)

@@ -1,4 +1,4 @@
-"""Do a dense transformers model and the MoE made from it give the same logits? `verify` compares them and gives a receipt."""
+"""Does an MoE give the logits of the dense transformers model it was made from? `verify` compares: a receipt."""
 
 from __future__ import annotations
 
@@ -73,14 +73,16 @@ class Receipt:
         rows = "".join(f"| {name} | {value:.1e} |\n" for name, value in self.checks.items())
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"## Equality with the dense model\n\n{self._verdict()}\n\n| comparison | max \\|Δlogit\\| |\n|---|---|\n{rows}\n"
+            f"## Equality with the dense model\n\n{self._verdict()}\n\n"
+            f"| comparison | max \\|Δlogit\\| |\n|---|---|\n{rows}\n"
             f"Greedy generation {self._greedy_verdict()}. Probe: {self.probe}. {versions}.\n"
             + "".join(f"\n- {note}" for note in self.notes)
         )
 
     def _verdict(self) -> str:
         verdict = "the same function" if self.passed else "NOT the same function"
-        return f"{self.source} and {self.target}: {verdict}, max |Δlogit| {self.max_abs_diff:.1e}, tolerance {self.tolerance:.1e}"
+        size = f"max |Δlogit| {self.max_abs_diff:.1e}, tolerance {self.tolerance:.1e}"
+        return f"{self.source} and {self.target}: {verdict}, {size}"
 
     def _greedy_verdict(self) -> str:
         return {True: "equal", False: "NOT equal", None: "not tried"}[self.greedy_equal]
@@ -138,7 +140,9 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     buffers = dict(moe.named_buffers())
     for name, buffer in dense.named_buffers():
         if name in buffers and not torch.equal(buffer, buffers[name].to(buffer)):
-            notes.append(f"{name} differs: was a model cast after loading? from_pretrained(…, dtype=…) keeps such tables")
+            notes.append(
+                f"{name} differs: was a model cast after loading? from_pretrained(…, dtype=…) keeps such tables"
+            )
     try:
         for model in (dense, moe):
             model.eval()
@@ -146,7 +150,7 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
 
         def compare(name, run, keep=None):
             nonlocal largest
-            a, b = run(dense).double(), run(moe).double()
+            a, b = run(dense).cpu().double(), run(moe).cpu().double()
             if keep is not None:
                 a, b = a[keep], b[keep]
             largest = max(largest, float(a.abs().max()))
@@ -156,8 +160,7 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
         if tokenizer is not None:
             for i, ids in enumerate(sequences):
                 compare(f"text {i}", lambda model, ids=ids: _logits(model, torch.tensor([ids])))
-            worst = _worst([checks.pop(f"text {i}") for i in range(len(sequences))])
-            checks["real text"] = worst
+            checks["real text"] = _worst([checks.pop(f"text {i}") for i in range(len(sequences))])
         for side in ("right", "left"):
             ids_BT, mask_BT = _pad(sequences, side)
             compare(f"padded {side}", lambda model, x=ids_BT, m=mask_BT: _logits(model, x, m), mask_BT.bool())
@@ -174,8 +177,8 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
             model.train(mode)
     settings = moe.config.get_text_config().to_dict()
     return Receipt(
-        type(dense).__name__, type(moe).__name__, _worst(list(checks.values())), tolerance, checks, equal, greedy, probe,
-        {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(), tuple(notes),
+        type(dense).__name__, type(moe).__name__, _worst(list(checks.values())), tolerance, checks, equal, greedy,
+        probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(), tuple(notes),
     )  # fmt: skip
 
 
@@ -208,9 +211,8 @@ def _router_off(model) -> dict:
 
 def _logits(model, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     mask_BT = None if mask_BT is None else mask_BT.to(model.device)
-    return model(
-        input_ids=ids_BT.to(model.device), attention_mask=mask_BT, use_cache=False, return_dict=True, **_router_off(model)
-    ).logits  # fmt: skip
+    options = dict(use_cache=False, return_dict=True, **_router_off(model))
+    return model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT, **options).logits
 
 
 def _cached_logits(model, ids_BT: Tensor) -> Tensor:
