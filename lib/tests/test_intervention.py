@@ -20,6 +20,7 @@ from upcycling.intervention import (
 from upcycling.model import DecoderLM
 from upcycling.moe import experts_loop, route
 from upcycling.routing import record_routing
+from upcycling.transfer import upcycle
 
 SIZES = dict(vocab_size=50, d_model=16, n_layers=3, n_heads=2, d_ff=8, seq_len=12)
 MOE = MoEConfig(num_experts=6, top_k=2, router_std=1.0)
@@ -230,6 +231,16 @@ def test_knockout_by_hand():
     assert torch.allclose(table.random_expert_LC, table.deltas_LEC.sum(1) / 6)
     part = knockout(model, windows, layers=[1], experts=[4, 2], progress=False)
     assert torch.equal(part.deltas_LEC, table.deltas_LEC[1:2, [4, 2]])
+
+
+def test_copies_cost_nothing():
+    """Freshly upcycled, the router may tell domains apart, but no expert knows more than the next."""
+    torch.manual_seed(0)
+    model = upcycle(DecoderLM(ModelConfig.smol(**SIZES, init_std=0.3)), MoEConfig(num_experts=4, top_k=2))
+    table = knockout(model, domains(), progress=False)
+    assert float(table.deltas_LEC.abs().max()) < 1e-6
+    with intervene(model, force=[1, 3], temperature=9.0):
+        assert domain_losses(model, domains())["a"] == pytest.approx(float(table.base_loss_C[0]), abs=1e-6)
 
 
 def test_errors_of_the_means():

@@ -79,7 +79,7 @@ def test_summary_by_hand():
     assert a["random_alone"][0] == pytest.approx(2 * 5.0) and b["random_alone"][0] == pytest.approx(2 * 6.0)
     text = table(result)
     assert "seed 7: domains differ by 0.500 0.300 bits" in text and "4.0 20.0 spreads above chance" in text
-    assert "on the probe 0.100 0.250 before any update (experts alike!), 0.400 0.350 at the end" in text
+    assert "on the probe 0.100 0.250 before any update (the experts are copies), 0.400 0.350 at the end" in text
     assert "1 of 2 experts serve one domain more than chance allows (3.0 spreads): b 1" in text
     assert "without expert 2 of layer 1 b loses 0.2500 nats, 0.1250 ± 0.0250 more" in text
     assert "expert 1 of layer 0" not in text

@@ -192,7 +192,8 @@ def table(result: dict) -> str:
         )
         first_L, *_, last_L = one["training"]["divergence"]
         lines.append(
-            f"    on the probe {_numbers(first_L)} before any update (experts alike!), {_numbers(last_L)} at the end"
+            f"    on the probe {_numbers(first_L)} before any update (the experts are copies), "
+            f"{_numbers(last_L)} at the end"
         )
         clear = [row for row in one["worst"] if row["spreads"] > one["chance_spreads"]]
         served = Counter(row["domain"] for row in clear)
