@@ -1,5 +1,6 @@
 """Figures of the routing show the data that they were given, whatever the text."""
 
+import itertools
 import warnings
 
 import matplotlib
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
+
 
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
@@ -32,7 +34,7 @@ from upcycling.routing_plots import (
 )
 
 HOSTILE = [
-    "</script><script>alert(1)</script>", "😀", "שלום", "مرحبا", "\x00", "a" * 10_000, "$\\frac{", "$x^2$", "\u202e",
+    "</script><script>alert(1)</script>", "😀", "שלום", "مرحبا", "\x00", "a" * 10_000, "$\\frac{$", "$é_{$", "\u202e",
     "e\u0301", "中文", "\ud800", "\u2028", " ", "", "\n", "%s {0}",
 ]  # fmt: skip
 
@@ -101,7 +103,7 @@ def test_printable(text, shown):
 
 def test_hostile_text_draws_without_a_warning_everywhere():
     count = len(HOSTILE)
-    title = "".join(HOSTILE)
+    title = "$\\frac{$" + "".join(HOSTILE)
     figures = [
         plot_token_strip(HOSTILE, np.arange(count), title=title),
         plot_token_losses(HOSTILE, np.linspace(-1, 1, count), title=title),
@@ -304,7 +306,7 @@ def edges_of(figure):
 
 
 def test_coactivation_draws_what_is_above_chance():
-    share_EE = np.array([[1, 0.6, 0.1, 0.2], [0.3, 1, 0.4, 0.1], [0.1, 0.2, 1, 0.1], [np.nan] * 4])
+    share_EE = np.array([[1, 0.6, 0.1, 0.2], [0.3, 1, 0.2, 0.1], [0.1, 0.4, 1, 0.1], [np.nan] * 4])
     figure = plot_coactivation(share_EE, chance=1 / 3)
     edges = edges_of(figure)
     assert set(edges) == {(0, 1), (1, 2)}, "either direction counts; the diagonal and dead experts do not"
@@ -352,7 +354,14 @@ def test_flow():
     _, flow_LEE = layer_flows(IDS, WEIGHTS, 3)
     thick = [path.vertices[-2, 1] - path.vertices[0, 1] for path in ribbons.get_paths()]
     assert np.allclose(thick, sorted(flow_LEE[flow_LEE > 0], reverse=True))
-    assert all(path.vertices[:, 0].min() > 0 and path.vertices[:, 0].max() < 1 for path in ribbons.get_paths())
+    for side, ends in enumerate([(0, -2), (3, 4)]):  # the vertices at a ribbon's left and right end
+        filled = np.zeros(5)
+        spans = sorted((path.vertices[ends[0], 1], path.vertices[ends[1], 1]) for path in ribbons.get_paths())
+        assert all(high <= low + 1e-9 for (_, high), (low, _) in itertools.pairwise(spans)), "ribbons lie side by side"
+        for low, high in spans:
+            at = [i for i, b in enumerate(boxes) if b.y0 - 1e-9 <= low and high <= b.y1 + 1e-9 and round(b.x0) == side]
+            filled[at] += high - low
+        assert np.allclose(filled, [0, 0, 0, 0.25, 0.75] if side else [0.625, 0.125, 0.25, 0, 0])
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "7"]
     assert "100 % of the weight" in axes.get_xlabel() and "combine weights" in axes.get_ylabel()
     strongest = plot_flow(IDS, WEIGHTS, 3, [4, 7], max_ribbons=1).axes[0]
