@@ -100,7 +100,7 @@ def test_a_dry_run_prints_the_plan_sizes_memory_and_disk_and_writes_nothing(dens
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert "weight file" in lines["writes"] and "MB" in lines["writes"]
     assert "needed" in lines["disk"] and "free" in lines["disk"]
-    assert "B beside" in lines["memory"]
+    assert "B to write" in lines["memory"] and "B to verify" in lines["memory"]
     assert list(tmp_path.iterdir()) == []
 
 

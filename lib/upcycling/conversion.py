@@ -154,12 +154,30 @@ class Conversion:
         return sum(shard.bytes for shard in self.shards) + sum(path.stat().st_size for path in self.companions) + 2**20
 
     @property
-    def memory(self) -> int:
-        """Bytes of the largest tensor with what it is made from: what writing holds beside Python and torch."""
+    def memory_to_write(self) -> int:
+        """Bytes for the largest tensor and what it is made from, beside Python and torch."""
         return max(
             2 * entry.bytes + sum(math.prod(self.source.shapes[name]) * 4 for name in entry.tensor.sources)
             for shard in self.shards for entry in shard.entries
         )  # fmt: skip
+
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of the dense model and the MoE together, loaded in float32."""
+        return 4 * (self.plan.sizes.dense + self.plan.sizes.moe)
+
+    def verified_whole(self, memory: int) -> bool:
+        return self.float32_bytes <= memory or self.plan.target in WHOLE_ONLY
+
+    @property
+    def memory_to_verify(self) -> int:
+        """About as many bytes as the comparison takes: both models, or one layer while it is being loaded."""
+        if self.verified_whole(VERIFY_MEMORY):
+            return self.float32_bytes
+        layers = Counter()
+        for tensor in self.plan.tensors:
+            layers[tensor.layer] += math.prod(tensor.shape)
+        return 8 * max(layers.values())
 
     @property
     def companions(self) -> list[Path]:
@@ -192,7 +210,8 @@ class Conversion:
             str(self.plan),
             f"writes    {in_bytes(self.bytes)} to {self.out}, {files}{resumed}",
             f"disk      {in_bytes(self.needed)} needed, {in_bytes(self.free)} free",
-            f"memory    {in_bytes(self.memory)} beside what Python and torch take",
+            f"memory    {in_bytes(self.memory_to_write)} to write, {in_bytes(self.memory_to_verify)} to verify, beside "
+            "what Python and torch take",
         ])  # fmt: skip
 
     def check_disk(self) -> None:
@@ -342,6 +361,8 @@ def _bar(job: Conversion, what: str, progress: bool):
 
 def _write_companions(job: Conversion) -> None:
     """Everything that belongs to the model beside weights, receipt and card."""
+    from transformers import GenerationConfig
+
     for path in job.companions:
         copy = job.partial / path.relative_to(job.source.folder)
         copy.parent.mkdir(exist_ok=True)
@@ -351,6 +372,8 @@ def _write_companions(job: Conversion) -> None:
         size = sum(entry.bytes for shard in job.shards for entry in shard.entries)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
         write_text(job.partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    if not (job.partial / "generation_config.json").exists():  # transformers would look for config.json instead
+        GenerationConfig.from_model_config(job.plan.config).save_pretrained(job.partial)
     write_text(job.partial / PENDING, job.plan.config.to_json_string())
 
 
@@ -376,14 +399,13 @@ def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
                         f"{entry.name} was not read back from {shard.file} as it was written: is the disk broken?"
                     )
                 bar.update(entry.bytes)
-    size = 4 * (job.plan.sizes.dense + job.plan.sizes.moe)
-    if size <= memory or job.plan.target in WHOLE_ONLY:
+    if job.verified_whole(memory):
         receipt = _verify_whole(job)
     else:
         config = read_config(job.source.folder)
         config.architectures = [job.plan.source]
         receipt = verify_layerwise(job.source, written, config, job.plan.config, job.plan.dtype, progress=progress)
-        why = f"compared layer by layer, because both models together take {in_bytes(size)} in float32"
+        why = f"compared layer by layer, because both models together take {in_bytes(job.float32_bytes)} in float32"
         receipt = replace(receipt, notes=(*receipt.notes, why))
     if job.plan.init != "copy":
         receipt = replace(receipt, notes=(*receipt.notes, f"init={job.plan.init!r} is meant to change the function"))
