@@ -250,8 +250,13 @@ def test_texts_of_a_byte_level_tokenizer():
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"Ġa": 256}, merges=[("Ġ", "a")]))
     tokenizer.decoder = decoders.ByteLevel()
-    ids = [256, alphabet["Ċ"], alphabet["Ã"], 999, -1, 256]
-    assert token_texts(tokenizer, torch.tensor(ids)) == [" a", "\n", "\ufffd", "[999]", "[-1]", " a"]
+    tokenizer.add_special_tokens(["<|end|>"])
+    ids = [256, alphabet["Ċ"], alphabet["Ã"], 257, 999, -1, 256]
+    assert token_texts(tokenizer, torch.tensor(ids)) == [" a", "\n", "\ufffd", "<|end|>", "[999]", "[-1]", " a"]
+
+
+def test_no_token_is_not_the_last_of_the_vocabulary():
+    assert token_texts(Hostile(), [-1, 0]) == ["[-1]", HOSTILE[0]]
 
 
 @pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="no stories260K")
@@ -355,7 +360,7 @@ def test_keyboard(opened, path):
     assert page.locator(".token:not(.dim)").count() == int((trace.expert_ids[1] == 3).sum())
 
     page.keyboard.press("Tab")
-    assert focused.get_attribute("data-index") == "0", "the tokens are one stop of the tab key"
+    assert focused.get_attribute("data-index") == "0"
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid", "focus is visible"
     page.keyboard.press("ArrowRight")
@@ -365,8 +370,8 @@ def test_keyboard(opened, path):
     chosen = page.locator(".bar.chosen b").all_inner_texts()
     assert sorted(chosen) == sorted(f"●{e}" for e in trace.expert_ids[1, 1].tolist())
     page.keyboard.press("ArrowDown")
-    below = int(focused.get_attribute("data-index"))
-    assert below > 1
+    top = page.locator(".token").nth(1).bounding_box()["y"]
+    assert focused.bounding_box()["y"] > top, "the line below"
     page.keyboard.press("ArrowUp")
     assert focused.get_attribute("data-index") == "1"
     page.keyboard.press("End")
@@ -375,6 +380,13 @@ def test_keyboard(opened, path):
     page.keyboard.press("Home")
     page.keyboard.press("ArrowLeft")
     assert focused.get_attribute("data-index") == "0"
+
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
+    assert page.locator(".token:focus").count() == 0, "one stop for all tokens"
+    page.keyboard.press("Shift+Tab")
+    assert focused.get_attribute("data-index") == "1", "which remembers the token"
+    page.keyboard.press("Home")
 
     assert page.locator("#way").is_hidden()
     page.keyboard.press("Enter")
