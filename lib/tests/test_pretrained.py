@@ -168,7 +168,7 @@ def other_values(name, value):
     if isinstance(value, float):
         return [1.5 * value + 0.1, 0.5]
     if isinstance(value, str):
-        return ["gelu_pytorch_tanh"] if "act" in name else [value + "_other"]
+        return ["gelu_pytorch_tanh", "silu"] if "act" in name else [value + "_other"]
     if isinstance(value, list):
         return [value[::-1], [1 - one for one in value] if set(value) <= {0, 1} else []]
     return [5, True, 0.5, "gelu", [3]] if value is None else [{}]

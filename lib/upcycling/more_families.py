@@ -259,7 +259,7 @@ def phi3(fields: Fields) -> Target:
     window = fields["sliding_window"]
     if window is not None and window < fields["max_position_embeddings"]:
         refuse(
-            f"sliding_window={window} together with partial_rotary_factor={share}: Mixtral has no partial rotation, "
+            f"sliding_window={window} and rope_parameters with partial_rotary_factor={share}: Mixtral has no partial rotation, "
             "Glm4Moe no window",
             "the model up to its window: set max_position_embeddings to it and sliding_window to None",
         )
@@ -428,7 +428,7 @@ def smollm3(fields: Fields) -> Target:
     _no_biases(fields, "mlp_bias", target="Llama4")
     if "sliding_attention" in fields["layer_types"]:
         refuse(
-            "some layers have a sliding window, and Llama4 has chunks instead",
+            "layer_types has layers with a sliding window, and Llama4 has chunks instead",
             "the model with use_sliding_window=False",
         )
     fields.carry("layer_types")
