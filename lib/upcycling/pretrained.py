@@ -7,8 +7,10 @@ out from file to file.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,15 +299,17 @@ def upcycle_pretrained(
     return moe.to(dense.device).train(dense.training)
 
 
-class _quiet:
-    """transformers' progress bars off; they are for downloads."""
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' progress bars (they are for downloads) and torch's remark on shared experts of width 0."""
+    from transformers.utils import logging
 
-    def __enter__(self):
-        from transformers.utils import logging
-
-        self.logging, self.enabled = logging, logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_):
-        if self.enabled:
-            self.logging.enable_progress_bar()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
