@@ -352,10 +352,13 @@ FLEX_OLMO = MoEClass(
 # ------------------------------------------------------------------------------------------------------------ families
 
 
+OWN_CODE = "a modelling file of your own, loaded with trust_remote_code"
+
+
 def llama(fields: Fields) -> Target:
     fields.carry(*DECODER)
     fields.rope()
-    fields.require("mlp_bias", False, because="no stock MoE class has SwiGLU experts with biases")
+    fields.require("mlp_bias", False, because="no stock MoE class has such experts with biases", nearest=OWN_CODE)
     fields.require("rope_interleaved", False, because="Llama's layers rotate halves")
     fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
     if not fields["attention_bias"]:
@@ -432,7 +435,7 @@ def olmo3(fields: Fields) -> Target:
     if any(rope != ropes[0] for rope in ropes):
         refuse(
             "rope_parameters differ between full and sliding layers, and FlexOlmo has one rotation for all",
-            "none: a model of your own with trust_remote_code",
+            OWN_CODE,
         )
     fields.replace("rope_parameters", "the one that all layers share", rope_parameters=_copy.deepcopy(ropes[0]))
     fields.drop("layer_types", because="FlexOlmo's layers see everything")
@@ -458,7 +461,7 @@ def granite(fields: Fields) -> Target:
         "attention_multiplier",
     )
     fields.rope()
-    fields.require("mlp_bias", False, because="GraniteMoe's experts have no biases")
+    fields.require("mlp_bias", False, because="GraniteMoe's experts have no biases", nearest=OWN_CODE)
     fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
     return Target(GRANITE_MOE)
 

@@ -215,7 +215,7 @@ def plan(
     )
     before, after = config.to_dict(), moe_config.to_dict()
     shown = {name: value for name, value in after.items() if name in _TRAPS or before.get(name) != value}
-    for name in ("architectures", "model_type", "dtype", "transformers_version"):
+    for name in ("_name_or_path", "architectures", "model_type", "dtype", "transformers_version"):
         shown.pop(name, None)
     notes = list(target.notes)
     notes += TRAINING_NOTES if target.moe.balance_loss else [NO_BALANCE_LOSS.format(target.moe.name)]
