@@ -1,9 +1,10 @@
 """The remaining families' rules; see `families` for what a rule is.
 
-Three moves recur. A layer that rotates neighbouring pairs becomes one that rotates halves by sorting the rows of q and k
-within each head (`paired_to_halves`; the scores q·k do not see a common order). A class that always has a shared expert
-gets one whose `down_proj` is 0 (`SILENT`): it adds nothing at first, and learns, since its other two matrices are copies.
-A field that a hub file has but no transformers class reads is required to be what the class does, or dropped, by name.
+Three moves recur. A layer that rotates neighbouring pairs becomes one that rotates halves by sorting the rows of q and
+k within each head (`paired_to_halves`; the scores q·k do not see a common order). A class that always has a shared
+expert gets one whose `down_proj` is 0 (`SILENT`): it adds nothing at first, and learns, since its other two matrices
+are copies. A field that a hub file has but no transformers class reads is required to be what the class does, or
+dropped, by name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from .families import (
     MIXTRAL,
     MLP,
     MLP_EXPERTS,
-    NORMALISED,
     W_DOWN,
     W_GATE,
     W_UP,
@@ -245,8 +245,9 @@ def phi3(fields: Fields) -> Target:
     if rope["rope_type"] == "longrope":
         switch = rope["original_max_position_embeddings"]
         notes = (
-            f"Longer than {switch} tokens, all positions turn by other angles. When generate() crosses that length, Phi-3 "
-            "computes its cache anew and this class does not, so the text after it may differ; single passes agree.",
+            f"Longer than {switch} tokens, all positions turn by other angles. When generate() crosses that length, "
+            "Phi-3 computes its cache anew and this class does not, so the text after it may differ; single passes "
+            "agree.",
         )
     if share == 1:
         fields.carry("sliding_window")
@@ -259,8 +260,8 @@ def phi3(fields: Fields) -> Target:
     window = fields["sliding_window"]
     if window is not None and window < fields["max_position_embeddings"]:
         refuse(
-            f"sliding_window={window} and rope_parameters with partial_rotary_factor={share}: Mixtral has no partial rotation, "
-            "Glm4Moe no window",
+            f"sliding_window={window} and rope_parameters with partial_rotary_factor={share}: Mixtral has no partial "
+            "rotation, Glm4Moe no window",
             "the model up to its window: set max_position_embeddings to it and sliding_window to None",
         )
     fields.drop("sliding_window", because="it is no shorter than the context")
@@ -442,8 +443,8 @@ def smollm3(fields: Fields) -> Target:
         LLAMA4,
         {name: kept(name, transform=sort) for name in names},
         notes=(
-            "A residual MoE: the dense FFN is the shared expert, the routed experts (its copies with down_proj=0) add to "
-            "it; Llama4 weights them by sigmoid, not normalised, so copies could not replace it.",
+            "A residual MoE: the dense FFN is the shared expert, the routed experts (its copies with down_proj=0) add "
+            "to it; Llama4 weights them by sigmoid, not normalised, so copies could not replace it.",
         ),
     )
 
@@ -485,20 +486,21 @@ REFUSED: dict[str, tuple[str, str]] = {
         "Gemma 1 or Gemma 4",
     ),
     "stablelm": (
-        "it has LayerNorm with biases and rotates a part of each head; PhiMoE, the nearest, rotates whole heads and its "
-        "combine weights do not sum to 1",
+        "it has LayerNorm with biases and rotates a part of each head; PhiMoE, the nearest, rotates whole heads and "
+        "its combine weights do not sum to 1",
         OWN_CODE,
     ),
     "olmo": ("its LayerNorm has no weights, and Olmoe's RMSNorm does not subtract the mean", "OLMo 2 or OLMo 3"),
     "exaone4": ("it norms after attention and FFN, and ExaoneMoe norms before them", OWN_CODE),
     "glm4": ("it norms before and after attention and FFN, and Glm4Moe only before them", OWN_CODE),
     **{kind: ("it is a model of several parts, of which text is one", _TEXT_PART) for kind in (
-        "gemma3", "gemma4", "qwen3_5", "mistral3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3n",
+        "gemma3", "gemma3n", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl",
     )},
     **{kind: ("it is an MoE already", "its dense sibling") for kind in (
-        "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "olmoe", "flex_olmo", "granitemoe",
-        "granitemoeshared", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "mellum", "ernie4_5_moe",
-        "lfm2_moe", "hunyuan_v1_moe", "cohere2_moe", "llama4", "llama4_text", "dbrx", "jamba", "jetmoe", "minimax", "nemotron_h",
+        "cohere2_moe", "dbrx", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
+        "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2_moe", "llama4",
+        "llama4_text", "mellum", "minimax", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
+        "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
     )},
 }  # fmt: skip
 
