@@ -263,28 +263,29 @@ def test_knockout_needs_domains_and_windows():
 
 def test_worst_names_the_domain_with_the_widest_margin():
     table = KnockoutTable(
-        deltas_LEC=torch.tensor([[[0.5, 0.1, 0.4], [0.0, 0.3, 0.0]]]),
-        errors_LEC=torch.tensor([[[0.03, 0.2, 0.04], [0.0, 0.0, 0.0]]]),
+        deltas_LEC=torch.tensor([[[0.5, 0.1, 0.4], [-0.2, 0.3, -0.2], [-0.9, -0.8, -0.1]]]),
+        errors_LEC=torch.tensor([[[0.03, 0.2, 0.04], [0.0, 0.0, 0.0], [0.1, 0.1, 0.1]]]),
         base_loss_C=torch.ones(3),
         tokens_C=torch.ones(3),
         layers=(4,),
-        experts=(0, 7),
+        experts=(0, 7, 9),
         domains=("a", "b", "c"),
         chance_spreads=3.0,
     )
-    first, second = table.worst()
+    first, second, last = table.worst()
     assert (first["layer"], first["expert"], first["domain"]) == (4, 7, "b")
     assert (second["expert"], second["domain"]) == (0, "a")
     assert (second["delta"], second["margin"], second["error"], second["spreads"]) == pytest.approx((0.5, 0.1, 0.05, 2))
     assert (first["margin"], first["error"]) == pytest.approx((0.3, 0.0))
     assert first["spreads"] > 1e30
+    assert (last["expert"], last["margin"]) == (9, pytest.approx(-0.1)), "an expert whose removal helps serves nobody"
 
 
 def test_chance_says_what_a_random_deal_gives():
     """Windows that differ by domain are told from windows that differ by themselves; an unused expert counts as 0."""
     generator = torch.Generator().manual_seed(0)
     domain_W, tokens_W = torch.arange(40) % 2, torch.full((40,), 10)
-    noise_LEW = torch.randn(1, 3, 40, generator=generator, dtype=torch.float64)
+    noise_LEW = 5 + torch.randn(1, 3, 40, generator=generator, dtype=torch.float64)
     noise_LEW[0, 2] = 0
     chance = _chance_spreads(noise_LEW, tokens_W, domain_W)
     assert 1.8 < chance < 3.2, "the larger of two |t| of 38 degrees of freedom stays below 2.33 in 19 of 20"

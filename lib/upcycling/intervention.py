@@ -172,10 +172,11 @@ class KnockoutTable:
     def worst(self) -> list[dict]:
         """One dict for each (layer, expert), named by the domain that its removal hurts most, the clearest case first.
 
-        `delta` is what it costs that domain, `margin` how much more than it costs the next one, `error` the standard
-        error of the margin and `spreads` their ratio. Chance gives margins, too: when the windows are dealt to the
-        domains at random, the largest `spreads` of the table stays below `chance_spreads` in 19 of 20 deals. Above
-        it, the expert serves that domain; a large `delta` with few `spreads` is an expert that everybody needs.
+        `delta` is what it costs that domain, `margin` how much more than the next one (or than nothing, where that
+        gains), `error` the standard error of the margin and `spreads` their ratio. Chance gives margins, too: when the
+        windows are dealt to the domains at random, the largest `spreads` of the table stays below `chance_spreads` in
+        19 of 20 deals. Above it, the expert serves that domain; a large `delta` with few `spreads` is an expert that
+        everybody needs.
         """
         margin_LE, error_LE, spreads_LE, worst_LE = _margins(self.deltas_LEC, self.errors_LEC)
         rows = []
@@ -246,7 +247,7 @@ def _by_domain(sums_xW: Tensor, tokens_W: Tensor, domain_W: Tensor) -> tuple[Ten
 def _margins(deltas_LEC: Tensor, errors_LEC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per expert: what the worst-hit domain loses beyond the next, its standard error, their ratio, that domain."""
     deltas_LE2, domains_LE2 = deltas_LEC.topk(2)
-    margin_LE = deltas_LE2[..., 0] - deltas_LE2[..., 1]
+    margin_LE = deltas_LE2[..., 0] - deltas_LE2[..., 1].clamp_min(0)  # to gain from a removal is not to be spared
     error_LE = errors_LEC.gather(-1, domains_LE2).norm(dim=-1)
     return margin_LE, error_LE, (margin_LE / error_LE).nan_to_num(0.0), domains_LE2[..., 0]  # 0/0: nobody uses it
 
