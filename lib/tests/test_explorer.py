@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycling import explorer, panel
+from upcycling import explorer, panel, routed_text, what_if
 from upcycling.config import ModelConfig, MoEConfig
 from upcycling.explorer import CompareRouting, TokenExplorer, TrainingPlayback, WhatIf
 from upcycling.metrics import router_saturation
@@ -70,7 +70,7 @@ def make_probe():
 
 
 def routed(model, tokenizer, text=TEXT):
-    return explorer.route_text(model, tokenizer, text)
+    return routed_text.route_text(model, tokenizer, text)
 
 
 def picture(made):
@@ -93,7 +93,7 @@ def test_route_text_is_the_models_own_routing(model, tokenizer):
 def test_training_mode_comes_back(tokenizer):
     model = make_model().train()
     routed(model, tokenizer)
-    explorer.measure(model, tokenizer, TEXT, make_probe(), 2)
+    what_if.measure(model, tokenizer, TEXT, make_probe(), 2)
     assert model.training
 
 
@@ -184,7 +184,7 @@ def test_two_traces_are_compared(model, tokenizer):
 
 
 def test_playback_view_is_of_its_moment(snapshots, tokenizer):
-    texts = explorer.token_texts(tokenizer, snapshots.probe_BT[2].tolist())
+    texts = routed_text.token_texts(tokenizer, snapshots.probe_BT[2].tolist())
     views = [explorer.render_playback(snapshots, snapshots.window_labels, texts, i, 2, 2, 4) for i in range(3)]
     for i, view in enumerate(views):
         saturation = float(router_saturation(snapshots.expert_ids[i, 1], snapshots.expert_ids[-1, 1]))
@@ -199,9 +199,9 @@ def test_playback_view_is_of_its_moment(snapshots, tokenizer):
 
 def test_what_if_view_shows_what_changed():
     losses = {"code": torch.tensor([[1.0, 3.0]]), "prose": torch.tensor([[2.0, 2.0]])}
-    trained = explorer.Outcome(losses, " cat <b>")
-    now = explorer.Outcome({"code": losses["code"] + 1, "prose": losses["prose"] - 0.5}, " cat <i>")
-    view = explorer.render_what_if("Top-1", "a & b", trained, now, "prose", [" x", " y"])
+    trained = what_if.Outcome(losses, " cat <b>")
+    now = what_if.Outcome({"code": losses["code"] + 1, "prose": losses["prose"] - 0.5}, " cat <i>")
+    view = what_if.render_what_if("Top-1", "a & b", trained, now, "prose", [" x", " y"])
     assert view.sentence == "Top-1: 2.250 nats per token, as trained 2.000 (+0.250); code changes most (+1.000)."
     assert "<td>2.000</td><td>3.000</td><td>+1.000</td>" in view.words
     assert "a &amp; b<u> cat &lt;</u><mark>b&gt;</mark>" in view.words
@@ -293,7 +293,7 @@ def test_explorer_of_a_recorded_trace(model, tokenizer):
     made = TokenExplorer(trace, tokenizer)
     assert list(made.controls) == ["sequence", "layer", "colour", "token"]
     made.sequence.value = 1
-    assert made._texts == explorer.token_texts(tokenizer, ids[1])
+    assert made._texts == routed_text.token_texts(tokenizer, ids[1])
     made.token.value = 2
     assert made.view().strips[0].chosen == trace.expert_ids[0, 4:].tolist()
 
@@ -327,7 +327,7 @@ def test_playback_moves_through_moments_windows_and_layers(snapshots, tokenizer)
     made.moment.value = 20  # in updates
     assert "After 20 updates" in made._sentence.value and picture(made)[0] != first[0]
     made.window.value = 3
-    assert made._texts == explorer.token_texts(tokenizer, snapshots.probe_BT[3].tolist())
+    assert made._texts == routed_text.token_texts(tokenizer, snapshots.probe_BT[3].tolist())
     made.strips[0].buttons.value = 6
     assert made.token.value == 6
     made.layer.value = 2
@@ -351,7 +351,7 @@ def test_what_if_changes_loss_and_text_and_leaves_the_model_alone(tokenizer):
     trained = made._trained.mean()
     assert made.k.value == 2 and f"as trained {trained:.3f} (+0.000)" in made._sentence.value
     seen = {made._sentence.value}
-    for control, value in [(made.k, 1), (made.temperature, 4.0), (made.without, (0, 3)), (made.layer, 2)]:
+    for control, value in [(made.k, 1), (made.temperature, 4.0), (made.without, "0, 3"), (made.layer, 2)]:
         old = picture(made)
         control.value = value
         assert made._sentence.value not in seen and picture(made) != old, control.description
@@ -368,7 +368,7 @@ def test_what_if_knock_out_agrees_with_intervene(model, tokenizer):
 
     probe = make_probe()
     made = WhatIf(model, tokenizer, "the cat", probe, new_tokens=4)
-    made.without.value = (1,)
+    made.without.value = "1"
     with intervene(model, remove=[1]):
         expected = torch.cat([token_losses(model, *windows).flatten() for windows in probe.values()]).mean()
     assert f"{float(expected):.3f} nats per token, as trained" in made._sentence.value
@@ -377,14 +377,37 @@ def test_what_if_knock_out_agrees_with_intervene(model, tokenizer):
 
 def test_impossible_choice_and_text_are_sentences(model, tokenizer):
     made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=8)
-    made.without.value = (0, 1, 2)
+    made.without.value = "0-2"
     assert "only 1 would remain" in made._problem.value
     made.k.value = 1
+    assert made._problem.value == ""
+    for wrong in ("4", "2-1", "x", "-1", "0-9999999999"):
+        made.without.value = wrong
+        assert "names no expert; write numbers from 0 to 3" in made._problem.value
+    made.without.value = ""
     assert made._problem.value == ""
     made.text.value = "the cat " * 30
     assert "8 new ones are wanted" in made._problem.value
     made.text.value = "a"
     assert made._problem.value == "" and "a" in made._prompt
+
+
+def test_clicks_take_experts_out_and_put_them_back(model, tokenizer):
+    made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=2)
+    for click, written in [(3, "3"), (1, "1, 3"), (3, "1"), (1, "")]:
+        made._experts.value = click
+        assert made.without.value == written and made._experts.value is None
+        assert made._sentence.value.count("without") == bool(written)
+        struck = [f":nth-child({e + 1})" in made._removed_style.value for e in range(4)]
+        assert struck == [str(e) in written for e in range(4)]
+
+
+def test_layer_without_experts_is_a_sentence(model, tokenizer):
+    made = TokenExplorer(model, tokenizer, TEXT)
+    made.layer.value = 1
+    assert "layer 1 has no experts; those with experts are 0, 2" in made._problem.value
+    made.layer.value = 2
+    assert made._problem.value == "" and "layer 2" in made.strips[0].title.value
 
 
 def test_text_alone_can_be_the_probe(model, tokenizer):
@@ -478,10 +501,10 @@ def test_transformers_model_and_tokenizer():
     assert "".join(made._texts) == TEXT
     made.strips[0].buttons.value = 3
     assert "Token 3 " in made._sentence.value
-    what_if = WhatIf(model, tokenizer, TEXT, new_tokens=3)
-    before = what_if._sentence.value
-    what_if.k.value = 1
-    assert "Top-1" in what_if._sentence.value and what_if._sentence.value != before and not what_if._problem.value
+    panel_of = WhatIf(model, tokenizer, TEXT, new_tokens=3)
+    before = panel_of._sentence.value
+    panel_of.k.value = 1
+    assert "Top-1" in panel_of._sentence.value and panel_of._sentence.value != before and not panel_of._problem.value
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="shared/data is not there")
@@ -490,11 +513,11 @@ def test_sentencepiece_tokens_keep_their_spaces():
 
     tokenizer = load_tokenizer(STORIES)
     ids = tokenizer.encode("Once upon a time", add_special_tokens=False).ids
-    assert "".join(explorer.token_texts(tokenizer, ids)).strip() == "Once upon a time"
+    assert "".join(routed_text.token_texts(tokenizer, ids)).strip() == "Once upon a time"
 
 
 def test_id_that_the_tokenizer_lacks(tokenizer):
-    assert explorer.token_texts(tokenizer, [299]) == ["[299]"]
+    assert routed_text.token_texts(tokenizer, [299]) == ["[299]"]
 
 
 # ---------------------------------------------------------------------------------------------------------- a kernel

@@ -11,7 +11,7 @@ import html
 import io
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ipywidgets as W
@@ -138,6 +138,29 @@ class Panel:
         still = self.still()
         picture = base64.b64encode(still.data).decode()
         return {**live, "text/plain": repr(self), "image/png": picture}, {"image/png": {"alt": still.alt}}
+
+
+def wide(pixels: int) -> W.Layout:
+    return W.Layout(width=f"{pixels}px")
+
+
+def text_inputs(text: str, examples: Mapping[str, str] | None) -> dict[str, W.Widget]:
+    examples = dict(examples or {})
+    if not text and examples:
+        text = next(iter(examples.values()))
+    chosen = next((name for name, example in examples.items() if example == text), None)
+    inputs = {"example": W.Dropdown(description="example", options=examples, label=chosen)} if examples else {}
+    return inputs | {"text": W.Textarea(text, description="text", layout=W.Layout(width="520px", height="56px"))}
+
+
+def follow_example(panel, owner) -> None:
+    """Choosing an example types it; typing something else chooses none."""
+    if "example" not in panel.controls:
+        return
+    if owner is panel.example and panel.example.value is not None:
+        panel.text.value = panel.example.value
+    elif owner is panel.text and panel.text.value != panel.example.value:
+        panel.example.value = None
 
 
 class _StripWidget:
