@@ -291,13 +291,14 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-const named = {"\n": "↵", "\r": "↤", "\t": "⇥", "\x7f": "␡"};
+const named = {"\n": "↵", "\r": "↤", "\t": "⇥"};
+function escaped(character) {  // what cannot be seen, or turns the text around; but what joins emoji stays
+  if (character === "\u200d" || !/[\p{Cc}\p{Cf}\p{Cn}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u.test(character)) return character;
+  return "\\u{" + character.codePointAt(0).toString(16).toUpperCase() + "}";
+}
 function visible(text, limit = 60) {
   const characters = Array.from(text.length > 4 * limit ? text.slice(0, 4 * limit) : text);
-  const cut = characters.slice(0, limit).map(c =>
-    named[c] ?? (c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0))
-      : c !== "\u200d" && /[\p{Cc}\p{Cf}\p{Cn}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/u.test(c)
-        ? "\\u{" + c.codePointAt(0).toString(16).toUpperCase() + "}" : c)).join("");
+  const cut = characters.slice(0, limit).map(c => named[c] ?? escaped(c)).join("");
   const shown = cut.trim() ? cut : "␣".repeat(cut.length) || "∅";
   return characters.length > limit ? shown + "…" : shown;
 }
