@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from upcycling.metrics import domain_specialization
-from upcycling.report import save_report, token_texts
+from upcycling.report import save_report
+from upcycling.routed_text import token_texts
 from upcycling.routing import RoutingTrace
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -253,10 +254,6 @@ def test_texts_of_a_byte_level_tokenizer():
     tokenizer.add_special_tokens(["<|end|>"])
     ids = [256, alphabet["Ċ"], alphabet["Ã"], 257, 999, -1, 256]
     assert token_texts(tokenizer, torch.tensor(ids)) == [" a", "\n", "\ufffd", "<|end|>", "[999]", "[-1]", " a"]
-
-
-def test_no_token_is_not_the_last_of_the_vocabulary():
-    assert token_texts(Hostile(), [-1, 0]) == ["[-1]", HOSTILE[0]]
 
 
 @pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="no stories260K")

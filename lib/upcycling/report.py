@@ -18,6 +18,7 @@ import torch
 from .checkpoint import write_text
 from .diagnosis import load_report
 from .metrics import domain_specialization
+from .routed_text import token_texts
 from .routing_plots import expert_colour, ink
 
 _MOST_VALUES = 3_000_000  # probabilities in one file: some 10 MB
@@ -49,31 +50,6 @@ def save_report(
     data = _report_data(trace, tokenizer, labels, str(title), max_tokens)
     write_text(path, _page(data))
     return Path(path)
-
-
-def token_texts(tokenizer, ids_N) -> list[str]:
-    """The text of each token by itself, its leading blank included; an id that the tokenizer lacks is shown as [id].
-
-    `tokenizer` is one of tokenizers or transformers. A token that is part of a character gives U+FFFD.
-    """
-    texts = {}
-    for token in dict.fromkeys(torch.as_tensor(ids_N).tolist()):
-        piece = _piece(tokenizer, token)
-        text = f"[{token}]" if piece is None else tokenizer.decode([token], skip_special_tokens=False)
-        # SentencePiece's decoders drop the blank of a text's first token
-        lost = piece is not None and piece.startswith("▁") and not text.startswith(" ")
-        texts[token] = " " + text if lost else text
-    return [texts[token] for token in torch.as_tensor(ids_N).tolist()]
-
-
-def _piece(tokenizer, token: int) -> str | None:
-    if token < 0:  # the model was given embeddings
-        return None
-    name = "id_to_token" if hasattr(tokenizer, "id_to_token") else "convert_ids_to_tokens"
-    try:
-        return getattr(tokenizer, name)(token)
-    except (IndexError, KeyError, OverflowError):
-        return None
 
 
 def _report_data(trace, tokenizer, labels, title: str, max_tokens: int) -> dict:
