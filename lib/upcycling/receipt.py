@@ -141,8 +141,10 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     for name, buffer in dense.named_buffers():
         if name in buffers and not torch.equal(buffer, buffers[name].to(buffer)):
             notes.append(
-                f"{name} differs: was a model cast after loading? from_pretrained(…, dtype=…) keeps such tables"
+                f"{name} differs: the rope_parameters are not the same, or a model was cast after loading "
+                "(from_pretrained(…, dtype=…) keeps such tables)"
             )
+            break
     try:
         for model in (dense, moe):
             model.eval()
