@@ -16,11 +16,11 @@ from PIL import Image
 
 from upcycling import explorer, panel, routed_text, what_if
 from upcycling.config import ModelConfig, MoEConfig
+from upcycling.drawing import expert_colour
 from upcycling.explorer import CompareRouting, TokenExplorer, TrainingPlayback, WhatIf
 from upcycling.metrics import router_saturation
 from upcycling.model import DecoderLM
 from upcycling.routing import RoutingTrace, record_routing
-from upcycling.routing_plots import expert_colour
 from upcycling.snapshots import RoutingSnapshots
 from upcycling.tokens import train_tokenizer
 

@@ -15,9 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 
 from upcycling import metrics
+from upcycling.drawing import expert_colour, ink, png, printable
 from upcycling.routing_plots import (
-    expert_colour,
-    ink,
     layer_flows,
     plot_coactivation,
     plot_expert_classes,
@@ -29,8 +28,6 @@ from upcycling.routing_plots import (
     plot_specialisation,
     plot_token_losses,
     plot_token_strip,
-    png,
-    printable,
 )
 
 HOSTILE = [
@@ -48,7 +45,7 @@ def _no_warnings_and_closed_figures():
 
 
 def runs(axes):
-    """The artists of `_strings`, in the order in which they were drawn."""
+    """The artists of `draw_strings`, in the order in which they were drawn."""
     return [artist for artist in axes.collections if hasattr(artist, "strings")]
 
 

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .drawing import expert_colour
 from .metrics import domain_specialization, router_saturation
 from .panel import Panel, Strip, View, follow_example, text_inputs, visible, wide
 from .routed_text import route_text, token_texts
 from .routing import RoutingTrace
-from .routing_plots import expert_colour, plot_expert_matrix
+from .routing_plots import plot_expert_matrix
 from .what_if import WhatIf
 
 __all__ = ["CompareRouting", "TokenExplorer", "TrainingPlayback", "WhatIf"]

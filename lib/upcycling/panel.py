@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import ipywidgets as W
 
-from .routing_plots import _strip as strip_figure
-from .routing_plots import expert_colour, ink, png, printable
+from .drawing import expert_colour, ink, png, printable, strip_figure
 
 
 @dataclass(frozen=True)

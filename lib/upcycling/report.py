@@ -17,9 +17,9 @@ import torch
 
 from .checkpoint import write_text
 from .diagnosis import load_report
+from .drawing import expert_colour, ink
 from .metrics import domain_specialization
 from .routed_text import token_texts
-from .routing_plots import expert_colour, ink
 
 _MOST_VALUES = 3_000_000  # probabilities in one file: some 10 MB
 _MOST_LABELS = 50

@@ -1,86 +1,23 @@
 """Figures of what a router does, each a function of data (arrays or lists) that returns a matplotlib figure.
 
 Experts are told apart by their number, written into every cell and strip; colour only helps the eye. Measures use
-magma (perceptually uniform, paper-white at 0), differences red and blue around white at 0. Panels redraw
-a figure at every move of a slider, so the layout is computed, not solved for, and short strings are one artist.
+magma (perceptually uniform, paper-white at 0), differences red and blue around white at 0.
 
 Shapes: N tokens, E experts, K experts per token, L MoE layers, C columns (domains, token classes).
 """
 
 from __future__ import annotations
 
-import io
-import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import numpy as np
 
+from .drawing import draw_strings, expert_colour, ink, label_text, new_axes, strip_figure
 from .plots import COLOURS, DASHES
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
-# Okabe and Ito's hues, grey for black; experts 8-15 have them lighter, 16-23 darker, then they repeat
-_HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#8C8C8C")
-_MONO, _ADVANCE = "DejaVu Sans Mono", 0.602  # comes with matplotlib; width of its characters / size
 _MEASURE, _DIFFERENCE = "magma_r", "RdBu_r"
 _MARK = COLOURS[1]
-
-
-def expert_colour(expert: int) -> str:
-    """The colour of an expert, as #rrggbb."""
-    tint = ((1, 0), (0.5, 128), (0.55, 0))[expert // 8 % 3]
-    hue = _HUES[expert % 8]
-    return "#" + "".join(f"{int(int(hue[i : i + 2], 16) * tint[0] + tint[1]):02x}" for i in (1, 3, 5))
-
-
-def ink(colour) -> str:
-    """The one of "black" and "white" that can be read on `colour` (#rrggbb, or red, green and blue in 0..1)."""
-    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] if isinstance(colour, str) else colour[:3]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # relative luminance, WCAG 2.2
-    return "black" if luminance > 0.179 else "white"
-
-
-def printable(text: str, limit: int = 24) -> str:
-    r"""`text` for a figure, cut at `limit`: line breaks and tabs as ↵ and ⇥, what the font cannot show as \u{1F600}.
-
-    Text without anything to see is shown as ␣ for each blank, or ∅.
-    """
-    text = str(text)
-    shown = "".join(_shown(character) for character in text[:limit])
-    if len(text) > limit or len(shown) > limit:
-        shown = shown[: limit - 1] + "…"
-    return shown if shown.strip() else "␣" * len(shown) or "∅"
-
-
-@lru_cache(maxsize=4096)
-def _shown(character: str) -> str:
-    if character in "\n\r\t":
-        return {"\n": "↵", "\r": "↤", "\t": "⇥"}[character]
-    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-    return f"\\u{{{ord(character):X}}}" if invisible or not _font().get_char_index(ord(character)) else character
-
-
-@lru_cache(maxsize=1)
-def _font():
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return get_font(findfont(FontProperties(family=_MONO)))
-
-
-def _label(text: str, limit: int = 120) -> str:
-    """Text for a title, axis or tick: printable, and no dollar sign starts a formula."""
-    return printable(text, limit).replace("$", r"\$") if text else ""
-
-
-def png(figure, dpi: int = 90) -> bytes:
-    """The figure as the bytes of a PNG file, the same for the same figure; the figure is closed."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 # --- strips of tokens
@@ -107,7 +44,7 @@ def plot_token_strip(
     colours = [expert_colour(row[0]) for row in experts_NK.tolist()]
     notes = [" ".join(map(str, row)) for row in experts_NK.tolist()]
     legend = "below each token: " + ("its expert" if experts_NK.shape[1] == 1 else "its experts, best first")
-    return _strip(texts, colours, notes, legend, followed, columns, max_tokens, title)
+    return strip_figure(texts, colours, notes, legend, followed, columns, max_tokens, title)
 
 
 def plot_token_losses(
@@ -134,47 +71,7 @@ def plot_token_losses(
     colours_N4[~np.isfinite(change_N)] = (0.8, 0.8, 0.8, 1)
     notes = [_signed(value) for value in change_N]
     legend = f"below each token: change of its loss (nats); full red is +{limit:.2g}, full blue −{limit:.2g}"
-    return _strip(texts, colours_N4.tolist(), notes, legend, None, columns, max_tokens, title)
-
-
-def _strip(texts, colours, notes, legend, followed, columns, max_tokens, title):
-    """Boxes with a text and a small note below it, wrapped at `columns` characters and after a line break."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    if len(texts) > max_tokens:
-        title = f"{title} (first {max_tokens:,} of {len(texts):,} tokens)".strip()
-    size, note_size = 8, 6  # points
-    shown = [printable(text) for text in texts[:max_tokens]]
-    places, x, line = [], 0.0, 0
-    for text, note, original in zip(shown, notes, texts):
-        width = max(len(text), len(note) * note_size / size) + 0.6
-        if x and x + width > columns:
-            x, line = 0.0, line + 1
-        places.append((x, line, width))
-        x += width + 0.15
-        if "\n" in original:
-            x, line = 0.0, line + 1
-    lines = 1 + max((line for _, line, _ in places), default=0)
-    _, axes = _axes(columns * _ADVANCE * size / 72, lines * 0.36, margins=(0.1, 0.1, 0.3, 0.05), title=title)
-    axes.set(xlim=(0, columns), ylim=(lines, 0), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(legend, fontsize=8, loc="left")
-    boxes = [Rectangle((x, line + 0.05), width, 0.9) for x, line, width in places]
-    frames = [("black", 2.2) if i == followed else ("0.6", 0.4) for i in range(len(boxes))]
-    edges, widths = zip(*frames) if frames else ((), ())
-    axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors=edges, linewidths=widths))
-    inks = [ink(colour) for colour in colours]
-    plain = [i for i, text in enumerate(shown) if text.isascii()]
-    middles = [(x + width / 2, line + 0.32) for x, line, width in places]
-    _strings(axes, [shown[i] for i in plain], [middles[i] for i in plain], [inks[i] for i in plain], size)
-    for i in set(range(len(shown))) - set(plain):  # other scripts need a text's shaping
-        axes.text(
-            *middles[i], shown[i], color=inks[i], fontsize=size, family=_MONO, ha="center", va="center_baseline",
-            parse_math=False,
-        )  # fmt: skip
-    _strings(axes, notes, [(x + width / 2, line + 0.74) for x, line, width in places], inks, note_size)
-    return axes.figure
+    return strip_figure(texts, colours_N4.tolist(), notes, legend, None, columns, max_tokens, title)
 
 
 # --- matrices with an expert axis
@@ -207,7 +104,7 @@ def plot_expert_matrix(
     scale = (0, _top(share_CE) if vmax is None else vmax)
     axes, bar = _heat(share_CE, names, _MEASURE, scale, f"{quantity} (%)", _per_cent, framed_CE, title)
     note = "" if framed_CE is None else " (framed: more than three spreads above chance)"
-    axes.set(xlabel="expert" + note, ylabel=_label(kind))
+    axes.set(xlabel="expert" + note, ylabel=label_text(kind))
     bar.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
     if null is not None and np.ndim(null) == 0:
         _mark(bar, float(null), "chance")
@@ -295,9 +192,9 @@ def _heat(values_RE, rows, cmap, scale, quantity, write, framed_RE, title, numbe
     count, experts = values_RE.shape
     cell = min(0.5, max(8 / experts, min(0.2, 14 / experts)))  # inches
     narrow = cell < 0.35  # then the number stands upright, turned by a quarter
-    names = [_label(name, 24) for name in rows]
+    names = [label_text(name, 24) for name in rows]
     margins = (0.5 + 0.08 * max(map(len, names), default=0), 1.3, 0.5, 0.1)
-    figure, axes = _axes(max(cell * experts, 3), (0.42 if narrow else 0.32) * count, margins=margins, title=title)
+    figure, axes = new_axes(max(cell * experts, 3), (0.42 if narrow else 0.32) * count, margins=margins, title=title)
     image = axes.imshow(
         np.ma.masked_invalid(values_RE), matplotlib.colormaps[cmap].with_extremes(bad="0.85"),
         vmin=scale[0], vmax=scale[1], aspect="auto", interpolation="nearest",
@@ -306,11 +203,11 @@ def _heat(values_RE, rows, cmap, scale, quantity, write, framed_RE, title, numbe
     faces = image.to_rgba(np.ma.masked_invalid(values_RE))
     written = ["–" if np.isnan(values_RE[r, e]) else write(values_RE[r, e]) for e, r in spots]
     if cell > 0.16:
-        _strings(axes, written, spots, [ink(faces[r, e]) for e, r in spots], 6.5, turned=narrow)
+        draw_strings(axes, written, spots, [ink(faces[r, e]) for e, r in spots], 6.5, turned=narrow)
     step = 1 + int(0.16 / cell)  # of hundreds of experts, not each number finds room
     shown = range(0, experts, step)
     numbers = [str((range(experts) if numbers is None else numbers)[e]) for e in shown]
-    _strings(axes, numbers, [(e, 0) for e in shown], "black", 6 if narrow else 7, below=True)
+    draw_strings(axes, numbers, [(e, 0) for e in shown], "black", 6 if narrow else 7, below=True)
     axes.set_xticks([])
     axes.xaxis.labelpad = 18
     axes.set_yticks(range(count), names, fontsize=9)
@@ -322,7 +219,7 @@ def _heat(values_RE, rows, cmap, scale, quantity, write, framed_RE, title, numbe
     box, wide = axes.get_position(), figure.get_figwidth()
     bar = figure.add_axes((box.x1 + 0.5 / wide, box.y0, 0.13 / wide, box.height))
     figure.colorbar(image, cax=bar)
-    bar.set_ylabel(_label(quantity), fontsize=8)
+    bar.set_ylabel(label_text(quantity), fontsize=8)
     bar.tick_params(labelsize=8)
     return axes, bar
 
@@ -372,7 +269,7 @@ def plot_coactivation(
     place_E2 = np.stack([np.cos(angle_E), np.sin(angle_E)], -1)
     if len(edges) < found:
         title = f"{title} (strongest {len(edges)} of {found})".strip()
-    _, axes = _axes(4.4, 4.4, margins=(0.1, 0.1, 0.75, 0.05), title=title)
+    _, axes = new_axes(4.4, 4.4, margins=(0.1, 0.1, 0.75, 0.05), title=title)
     axes.set(xlim=(-1.12, 1.12), ylim=(-1.12, 1.12), xticks=[], yticks=[], xlabel="expert (number in the disc)")
     axes.spines[:].set_visible(False)
 
@@ -385,7 +282,7 @@ def plot_coactivation(
     areas = area if load_E is None else area * np.clip(np.asarray(load_E, dtype=float) * experts, 0.3, 2)
     colours = [expert_colour(e) for e in range(experts)]
     axes.scatter(*place_E2.T, s=areas, c=colours, edgecolors="0.2", linewidths=0.6, zorder=2)
-    _strings(axes, map(str, range(experts)), place_E2, [ink(c) for c in colours], min(9, 300 / experts), zorder=3)
+    draw_strings(axes, map(str, range(experts)), place_E2, [ink(c) for c in colours], min(9, 300 / experts), zorder=3)
     key = axes.figure.add_axes((0.05, 0.02, 0.9, 0.075))
     key.set(xlim=(0, 3), ylim=(0, 1))
     key.axis("off")
@@ -396,7 +293,9 @@ def plot_coactivation(
         )
         for i, sample in enumerate(samples):
             key.text(i + 0.45, 0.75, f"{sample:.2g}", va="center", fontsize=8)
-    key.text(1.5, 0.1, _label(quantity) if found else "no pair is above chance", ha="center", va="center", fontsize=8)
+    key.text(
+        1.5, 0.1, label_text(quantity) if found else "no pair is above chance", ha="center", va="center", fontsize=8
+    )
     return axes.figure
 
 
@@ -452,7 +351,7 @@ def plot_flow(
     used = max(int((share_E >= least).sum()) for share_E in share_LE)
     gap, half = 0.022, 0.07  # between bars, in shares; half a bar's width, in layers
     height = min(max(2.2, 0.24 * used), 9)
-    _, axes = _axes(1.3 * len(layers) + 0.6, height, margins=(0.45, 0.15, 0.5, 0.05), title=title)
+    _, axes = new_axes(1.3 * len(layers) + 0.6, height, margins=(0.45, 0.15, 0.5, 0.05), title=title)
     top_LE = np.zeros_like(share_LE)
     bars, numbers, shares, ribbons, colours, drawn = [], [], [], [], [], 0.0
     codes = [Path.MOVETO] + [Path.CURVE4] * 3 + [Path.LINETO] + [Path.CURVE4] * 3 + [Path.CLOSEPOLY]
@@ -481,9 +380,9 @@ def plot_flow(
     axes.add_collection(PathCollection(ribbons, facecolors=colours, edgecolors="none", alpha=0.5, zorder=1))
     patches, faces = zip(*bars)
     axes.add_collection(PatchCollection(patches, facecolors=faces, edgecolors="0.2", linewidths=0.6, zorder=2))
-    _strings(axes, *zip(*numbers), 7.5, zorder=3)
+    draw_strings(axes, *zip(*numbers), 7.5, zorder=3)
     if shares:
-        _strings(axes, *zip(*shares), "black", 6.5, zorder=3)
+        draw_strings(axes, *zip(*shares), "black", 6.5, zorder=3)
     axes.set(xlim=(-0.3, len(layers) - 0.5), ylim=(1.01 + (used - 1) * gap, -0.01), yticks=[])
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     part = "" if len(layers) == 1 else f" (ribbons: {100 * drawn / len(flow_LEE):.0f} % of the weight)"
@@ -521,13 +420,13 @@ def plot_specialisation(
     With `spread` (the null's standard deviation) a band of three spreads on either side is shaded; `now` marks a
     moment, and `y_max` fixes the axis, for a playback.
     """
-    return _over_training(curves, _label(y_label), null, spread, now, (0, y_max), title)
+    return _over_training(curves, label_text(y_label), null, spread, now, (0, y_max), title)
 
 
 def _over_training(curves, y_label, null, spread, now, y_range, title):
     import matplotlib
 
-    _, axes = _axes(6.2, 3, margins=(0.65, 1.1, 0.5, 0.1), title=title)
+    _, axes = new_axes(6.2, 3, margins=(0.65, 1.1, 0.5, 0.1), title=title)
     ends = []
     for i, (name, points) in enumerate(curves.items()):
         xs, ys = zip(*points)
@@ -536,9 +435,9 @@ def _over_training(curves, y_label, null, spread, now, y_range, title):
         colour = COLOURS[i] if len(curves) <= len(COLOURS) else many
         axes.plot(
             xs, ys, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=1.7, marker=".", markersize=4,
-            label=_label(name, 16),
+            label=label_text(name, 16),
         )  # fmt: skip
-        ends.append((ys[-1], _label(name, 16), colour))
+        ends.append((ys[-1], label_text(name, 16), colour))
     if null is not None:
         axes.axhline(null, color="0.35", linestyle=":", linewidth=1.2)
         ends.append((null, "chance", "0.35"))
@@ -559,68 +458,7 @@ def _over_training(curves, y_label, null, spread, now, y_range, title):
     return axes.figure
 
 
-# --- shared
-
-
-def _axes(width, height, *, margins, title):
-    """figure, axes: `width` x `height` inches for the axes; margins are left, right, bottom and top."""
-    import matplotlib.pyplot as plt
-
-    left, right, bottom, top = margins
-    top += 0.28 if title else 0
-    size = (width + left + right, height + bottom + top)
-    figure = plt.figure(figsize=size)
-    axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
-    if title:
-        axes.set_title(_label(title), fontsize=10, loc="left")
-    return figure, axes
-
-
-def _strings(axes, strings, places, inks, size, *, turned=False, below=False, zorder=3):
-    """Short strings, each centred at its place, as one artist that keeps them in `strings`; a text each takes too long.
-
-    `turned` by a quarter; `below`: under the x axis, at the places' x.
-    """
-    from matplotlib.collections import PathCollection
-    from matplotlib.transforms import ScaledTranslation
-
-    figure, strings = axes.figure, tuple(strings)
-    position = axes.transData
-    if below:
-        position = axes.get_xaxis_transform() + ScaledTranslation(0, -0.1, figure.dpi_scale_trans)
-    collection = PathCollection(
-        [_string_path(string, size / 72, turned) for string in strings],
-        offsets=np.asarray(places, dtype=float).reshape(-1, 2),
-        offset_transform=position,
-        facecolors=inks,
-        linewidths=0,
-        zorder=zorder,
-        clip_on=not below,
-        snap=False,
-    )
-    collection.set_transform(figure.dpi_scale_trans)
-    collection.strings = strings
-    axes.add_collection(collection, autolim=False)
-
-
-@lru_cache(maxsize=4096)
-def _string_path(string, size, turned):
-    """The outline of `string`, `size` inches high, its middle at 0."""
-    from matplotlib.path import Path
-
-    glyphs = [(i, _glyph(character)) for i, character in enumerate(string) if character != " "]
-    vertices = np.concatenate([np.zeros((0, 2))] + [glyph.vertices + (i * _ADVANCE, 0) for i, glyph in glyphs])
-    codes = np.concatenate([np.zeros(0, Path.code_type)] + [glyph.codes for _, glyph in glyphs])
-    vertices = (vertices - (len(string) * _ADVANCE / 2, 0.365)) * size
-    return Path(vertices[:, ::-1] * (-1, 1) if turned else vertices, codes)
-
-
-@lru_cache(maxsize=256)
-def _glyph(character):
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    return TextPath((0, 0), character, size=1, prop=FontProperties(family=_MONO))
+# --- checks and scales
 
 
 def _same_length(texts, values, what):
