@@ -77,8 +77,8 @@ def png(figure, dpi: int = 90) -> bytes:
 def strip_figure(texts, colours, notes, legend, followed, columns, max_tokens, title):
     """Boxes with a text and a small note below it, wrapped at `columns` characters and after a line break.
 
-    `colours` and `notes` belong to the first `max_tokens` texts; `legend` stands below; `followed` is the index of a box
-    to frame.
+    `colours` and `notes` belong to the first `max_tokens` texts; `legend` stands below; `followed` is the index of a
+    box to frame.
     """
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
