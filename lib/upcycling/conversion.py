@@ -208,9 +208,9 @@ class Conversion:
         resumed = f", {len(self.finished)} of them there from an interrupted run" if self.finished else ""
         return "\n".join([
             str(self.plan),
-            f"writes    {in_bytes(self.bytes)} to {self.out}, {files}{resumed}",
-            f"disk      {in_bytes(self.needed)} needed, {in_bytes(self.free)} free",
-            f"memory    {in_bytes(self.memory_to_write)} to write, {in_bytes(self.memory_to_verify)} to verify, beside "
+            f"writes: {in_bytes(self.bytes)} to {self.out}, {files}{resumed}",
+            f"disk: {in_bytes(self.needed)} needed, {in_bytes(self.free)} free",
+            f"memory: {in_bytes(self.memory_to_write)} to write, {in_bytes(self.memory_to_verify)} to verify, beside "
             "what Python and torch take",
         ])  # fmt: skip
 
