@@ -144,6 +144,17 @@ def test_gemma_4_experts_carry_half_and_copy_the_dense_ffn():
         assert torch.equal(norm.weight, torch.full_like(norm.weight, 0.5))
 
 
+def test_gemma_4_norms_twice_so_equality_ends_where_rms_norm_eps_counts():
+    """Dense: y / sqrt(mean y² + ε). Two norms: y / sqrt(mean y² + ε (mean y² + ε)). Small outputs see the difference."""
+    errors = []
+    for eps in (1e-6, 1e-8):
+        dense = make_dense("gemma4_text", rms_norm_eps=eps).double()  # other rounding out of the way
+        moe = upcycle_pretrained(dense, 4, 2)
+        moe.set_experts_implementation("eager")  # the grouped product has no float64
+        errors.append(difference(logits(dense), logits(moe)))
+    assert errors[1] < 0.5 * errors[0] < 2e-5  # what is left is the norms' own float32
+
+
 @pytest.mark.parametrize("kind", ["qwen3_5_text", "seed_oss", "hunyuan_v1_dense"])
 def test_a_shared_expert_starts_silent_but_learns(kind):
     moe = upcycle_pretrained(make_dense(kind), 4, 2)

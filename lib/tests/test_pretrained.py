@@ -130,6 +130,7 @@ NEVER_READ = {"return_dict", "transformers_version", "model_type", "_name_or_pat
     "label2id",
 }
 PER_LAYER = ("layer_types", "no_rope_layers")
+NEEDED_TOO = {"enable_moe_block": dict(num_experts=4, top_k_experts=2, moe_intermediate_size=16)}
 # One of each kind of rule; the others are slow.
 FLIPPED_ALWAYS = {("llama", 0), ("qwen2", 1)}
 
@@ -145,8 +146,10 @@ def alternatives(name, value, config):
     if name == "num_hidden_layers":
         lists = {other: getattr(config, other) for other in PER_LAYER if getattr(config, other, None) is not None}
         return [{name: 2 * value, **{other: 2 * many for other, many in lists.items()}}]
-    changes = [{name: other} for other in other_values(name, value)]
-    if name in ("hidden_size", "num_attention_heads", "head_dim") and getattr(config, "head_dim", None):
+    changes = [{name: other, **NEEDED_TOO.get(name, {})} for other in other_values(name, value)]
+    fields = config.to_dict()
+    together = name in ("hidden_size", "num_attention_heads", "head_dim") and fields.get("head_dim")
+    if together and not fields.get("per_layer_config"):
         width, heads, part = config.hidden_size, config.num_attention_heads, config.head_dim
         together = [(2 * width, heads, 2 * part), (width, 2 * heads, part // 2), (width, heads // 2, 2 * part)]
         sizes = [dict(zip(("hidden_size", "num_attention_heads", "head_dim"), one)) for one in together]
@@ -164,14 +167,14 @@ def other_values(name, value):
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [2 * value, value // 2 or 1, value + 1]
+        return [2 * value, value // 2, value + 1] if value else [1]
     if isinstance(value, float):
         return [1.5 * value + 0.1, 0.5]
     if isinstance(value, str):
         return ["gelu_pytorch_tanh", "silu"] if "act" in name else [value + "_other"]
     if isinstance(value, list):
         return [value[::-1], [1 - one for one in value] if set(value) <= {0, 1} else []]
-    return [5, True, 0.5, "gelu", [3]] if value is None else [{}]
+    return [5, True, 0.5, "gelu", "all", [3]] if value is None else [{}]
 
 
 def rope_alternatives(rope):

@@ -303,6 +303,7 @@ def gemma4(fields: Fields) -> Target:
     fields.carry(*DECODER, "hidden_activation", "rope_parameters", "attention_bias", "sliding_window", "layer_types")
     fields.carry("final_logit_softcapping", "use_bidirectional_attention", "attention_k_eq_v", "num_kv_shared_layers")
     fields.carry("vocab_size_per_layer_input", "hidden_size_per_layer_input", "per_layer_config", "use_double_wide_mlp")
+    fields.require("use_bidirectional_attention", None, "vision", because="only causal models are known here")
     fields.require("enable_moe_block", False, because="the model has experts already")
     fields.drop("num_experts", "top_k_experts", "moe_intermediate_size", because="only for models with experts")
     if fields["use_double_wide_mlp"] and fields["num_kv_shared_layers"]:
