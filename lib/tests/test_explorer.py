@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -390,6 +391,59 @@ def test_impossible_choice_and_text_are_sentences(model, tokenizer):
     assert "8 new ones are wanted" in made._problem.value
     made.text.value = "a"
     assert made._problem.value == "" and "a" in made._prompt
+
+
+def test_changes_from_two_threads_both_count(model, tokenizer):
+    """JupyterLab hands widgets' messages to threads of their own."""
+    made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=2)
+    inside, go_on, view = threading.Event(), threading.Event(), made.view
+
+    def slow_view():
+        inside.set()
+        assert go_on.wait(30)
+        return view()
+
+    made.view = slow_view
+    first = threading.Thread(target=lambda: setattr(made.k, "value", 1))
+    first.start()
+    assert inside.wait(30)
+    second = threading.Thread(target=lambda: setattr(made.text, "value", "a mat"))
+    second.start()
+    go_on.set()
+    first.join(30), second.join(30)
+    assert "Top-1" in made._sentence.value and made._prompt == "a mat" and "a mat" in made._words.value
+
+
+def test_the_users_model_is_never_changed_not_even_meanwhile(tokenizer, monkeypatch):
+    model = make_model().train()
+    seen, real = [], what_if.token_losses
+
+    def look(*arguments):
+        seen.append((model.training, model.blocks[0].ffn.top_k, len(model.blocks[0].ffn.router._forward_hooks)))
+        return real(*arguments)
+
+    monkeypatch.setattr(what_if, "token_losses", look)
+    made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=2)
+    made.k.value = 1
+    made.without.value = "0"
+    assert len(seen) >= 3 and set(seen) == {(True, 2, 0)}
+    with torch.no_grad():
+        before = made._sentence.value
+        for parameter in model.parameters():  # the weights are shared: training goes on in the panel, too
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    made.without.value = "1"
+    made.without.value = "0"
+    assert made._sentence.value != before
+
+
+def test_windows_of_different_lengths_make_a_probe(model, tokenizer):
+    from upcycling.intervention import token_losses
+
+    probe = make_probe()
+    probe["prose"] = tuple(tensor[:, :11] for tensor in probe["prose"])
+    outcome = what_if.measure(model, tokenizer, "a", probe, 2)
+    for name, windows in probe.items():
+        torch.testing.assert_close(outcome.losses[name], token_losses(model, *windows), rtol=1e-4, atol=1e-4)
 
 
 def test_clicks_take_experts_out_and_put_them_back(model, tokenizer):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .drawing import expert_colour
 from .metrics import domain_specialization, router_saturation
 from .panel import Panel, Strip, View, follow_example, text_inputs, visible, wide
-from .routed_text import route_text, token_texts
+from .routed_text import route_text, token_texts, twin
 from .routing import RoutingTrace
 from .routing_plots import plot_expert_matrix
 from .what_if import WhatIf
@@ -116,7 +116,8 @@ class _TokenPanel(Panel):
     """Strips of one text, routed by one or two models, or recorded; a layer, and a token that is followed."""
 
     def __init__(self, sources, names, tokenizer, text, examples, max_tokens):
-        self._sources, self._names, self._tokenizer, self._max_tokens = sources, names, tokenizer, max_tokens
+        self._names, self._tokenizer, self._max_tokens = names, tokenizer, max_tokens
+        self._sources = [source if isinstance(source, RoutingTrace) else twin(source) for source in sources]
         self._recorded, self._shown = isinstance(sources[0], RoutingTrace), None
         if self._recorded:
             sequences = sorted(set(sources[0].sequence.tolist()))

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import textwrap
+import threading
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Panel:
             control.style.description_width = "initial"
         self.strips = [_StripWidget() for _ in range(strips)]
         self._problem, self._sentence, self._words, self._picture = (W.HTML() for _ in range(4))
-        self._updating = False
+        self._updating, self._lock = False, threading.RLock()
 
     def _start(self, *rows: Sequence[W.Widget]) -> None:
         """Draw for the first time (here a ValueError is the caller's) and lay out; `rows` are rows of controls."""
@@ -92,19 +93,21 @@ class Panel:
         """Bring the controls in line with what changed (None: at the start)."""
 
     def _update(self, change) -> None:
-        if self._updating:  # a control that `_follow` or `_show` set
-            return
-        self._updating, problems = True, []
-        try:
-            for step in (lambda: self._follow(change), lambda: self._show(self.view())):
-                try:
-                    step()
-                except ValueError as error:
-                    problems.append(str(error))
-        finally:
-            self._updating = False
-        said = html.escape(visible(" ".join(problems[:1])))
-        self._problem.value = said and f'<p role="alert" style="color:#B00020;margin:2px">{said}</p>'
+        # JupyterLab lets a kernel handle what widgets send in another thread, beside a running cell or another change
+        with self._lock:
+            if self._updating:  # a control that `_follow` or `_show` set
+                return
+            self._updating, problems = True, []
+            try:
+                for step in (lambda: self._follow(change), lambda: self._show(self.view())):
+                    try:
+                        step()
+                    except ValueError as error:
+                        problems.append(str(error))
+            finally:
+                self._updating = False
+            said = html.escape(visible(" ".join(problems[:1])))
+            self._problem.value = said and f'<p role="alert" style="color:#B00020;margin:2px">{said}</p>'
 
     def _show(self, view: View) -> None:
         for widget, strip in zip(self.strips, view.strips):
@@ -122,7 +125,8 @@ class Panel:
         """The view as a picture without widgets (IPython's Image; its `data` are the PNG's bytes)."""
         from IPython.display import Image
 
-        view = self.view()
+        with self._lock:
+            view = self.view()
         return Image(data=view.png(), format="png", alt=visible(view.sentence))
 
     def __repr__(self) -> str:

@@ -6,6 +6,8 @@ Every way in which a typed text can be wrong is a ValueError of one sentence her
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -86,3 +88,9 @@ def evaluating(model):
             yield
     finally:
         model.train(was_training)
+
+
+def twin(model):
+    """A copy of `model` that shares its weights, in eval mode: to run and to change while others use `model`."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared).eval()

@@ -15,12 +15,14 @@ from itertools import takewhile
 import ipywidgets as W
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .config import IGNORE
 from .generation import generate
 from .intervention import intervene, token_losses
 from .model import DecoderLM
 from .panel import Panel, View, follow_example, text_inputs, visible, wide
-from .routed_text import check_ids, context_length, device_of, encode, evaluating, route_text, token_texts
+from .routed_text import check_ids, context_length, device_of, encode, evaluating, route_text, token_texts, twin
 from .routing_plots import plot_token_losses
 
 
@@ -61,7 +63,22 @@ def measure(model, tokenizer, prompt: str, probe: Mapping[str, tuple], new_token
     # decoded together, since a character may be several tokens, and a token alone may lose its space
     start, whole = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (ids, tokens_BT[0].tolist()))
     continuation = whole[len(start) :]
-    return Outcome({name: token_losses(model, *windows) for name, windows in probe.items()}, continuation)
+    return Outcome(_losses(model, probe), continuation)
+
+
+def _losses(model, probe: Mapping[str, tuple]) -> dict[str, Tensor]:
+    """The losses of all windows from one forward; shorter ones are padded at their end, which no token before sees."""
+    longest = max(tokens_BT.shape[1] for tokens_BT, _ in probe.values())
+
+    def stacked(part: int, padding: int) -> Tensor:
+        return torch.cat(
+            [pad(windows[part], (0, longest - windows[part].shape[1]), value=padding) for windows in probe.values()]
+        )
+
+    losses_WT = token_losses(model, stacked(0, 0), stacked(1, IGNORE))
+    sizes = [tokens_BT.shape for tokens_BT, _ in probe.values()]
+    parts = losses_WT.split([rows for rows, _ in sizes])
+    return {name: part[:, :length] for name, part, (_, length) in zip(probe, parts, sizes)}
 
 
 def render_what_if(
@@ -114,7 +131,7 @@ class WhatIf(Panel):
             if len(ids) < 2:
                 raise ValueError("the text is one token long, which is too short to be a probe; give a longer one")
             probe = {"the first text": (torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))}
-        self._model, self._tokenizer, self._probe, self._new_tokens = model, tokenizer, dict(probe), new_tokens
+        self._model, self._tokenizer, self._probe, self._new_tokens = twin(model), tokenizer, dict(probe), new_tokens
         self._prompt = None
         trace, _ = route_text(model, tokenizer, inputs["text"].value, context_length(model))
         experts = trace.num_experts
@@ -144,9 +161,9 @@ class WhatIf(Panel):
 
     def _toggle(self, change) -> None:
         """A click on an expert takes it out, or puts it back."""
-        if change["new"] is not None:
-            self._experts.value = None  # so that the next click on it is a change, too
-            with contextlib.suppress(ValueError):  # what is typed is wrong, and the panel says so
+        with self._lock, contextlib.suppress(ValueError):  # if what is typed is wrong, the panel says so already
+            if change["new"] is not None:
+                self._experts.value = None  # so that the next click on it is a change, too
                 removed = set(self._removed()) ^ {change["new"]}
                 self.without.value = ", ".join(map(str, sorted(removed)))
 
