@@ -145,7 +145,7 @@ def test_gemma_4_experts_carry_half_and_copy_the_dense_ffn():
 
 
 def test_gemma_4_norms_twice_so_equality_ends_where_rms_norm_eps_counts():
-    """Dense: y / sqrt(mean y² + ε). Two norms: y / sqrt(mean y² + ε (mean y² + ε)). Small outputs see the difference."""
+    """Dense: y / sqrt(mean y² + ε); two norms: y / sqrt(mean y² + ε (mean y² + ε)). Small outputs show it."""
     errors = []
     for eps in (1e-6, 1e-8):
         dense = make_dense("gemma4_text", rms_norm_eps=eps).double()  # other rounding out of the way
@@ -193,6 +193,24 @@ def test_lfm2_is_as_equal_as_its_routers_scores_are_large():
     dense = make_dense("lfm2")
     expected = logits(dense)
     assert difference(expected, logits(upcycle_pretrained(dense, 4, 2))) <= 1e-5 * float(expected.abs().max())
+
+
+def test_glm4_moe_needs_two_experts():
+    assert "cannot run with 1 expert" in plan(make_config("seed_oss"), 1, 1).reason
+    dense = make_dense("seed_oss")
+    assert difference(logits(dense), logits(upcycle_pretrained(dense, 2, 1))) <= 1e-5
+    assert plan(make_config("ernie4_5"), 1, 1).target
+
+
+@pytest.mark.parametrize("kind", more_families.FAMILIES)
+def test_in_bfloat16_the_moe_differs_as_little_as_rounding_does(kind):
+    dense = make_dense(kind)
+    exact = logits(dense)
+    dense = dense.to(torch.bfloat16)
+    moe = upcycle_pretrained(dense, 4, 2)
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16} == {moe.dtype}
+    rounding = difference(exact, logits(dense).float())
+    assert difference(logits(dense).float(), logits(moe).float()) <= 3 * rounding
 
 
 def test_the_two_modules_share_no_family():

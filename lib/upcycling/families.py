@@ -249,6 +249,7 @@ class MoEClass:
     tensors: Mapping[str, Rule]
     expert_width: str = "intermediate_size"  # the field with the experts' FFN width
     top_k: str = "num_experts_per_tok"  # the field with the number of experts per token
+    fewest_experts: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     # How some layers stay dense: "mlp_only_layers" (indices), "mlp_layer_types" ("dense" or "sparse"), or not at all.
     dense_layers: str | None = None
@@ -501,6 +502,8 @@ def configure(config, rule: Callable[[Fields], Target], *, num_experts: int, top
     target = rule(fields)
     fields.finish()
     moe, depth = target.moe, config.num_hidden_layers
+    if num_experts < moe.fewest_experts:
+        refuse(f"{moe.name}'s router cannot run with {num_experts} expert", f"at least {moe.fewest_experts} experts")
     settings = {**moe.settings, moe.top_k: top_k}
     if len(layers) < depth:
         if moe.dense_layers is None:

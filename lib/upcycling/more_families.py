@@ -61,6 +61,7 @@ GLM4_MOE = MoEClass(
         **dict(norm_topk_prob=True, routed_scaling_factor=1.0, n_group=1, topk_group=1),
         **dict(n_shared_experts=1, first_k_dense_replace=0, num_mtp_layers=0),
     },
+    fewest_experts=2,  # it adds the two best of each group
     read_by_getattr=("head_dim",),
     balance_loss=False,
     engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
