@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import statistics
 import sys
@@ -21,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+
+from .checkpoint import write_text
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             "machine": f"{platform.machine()}, {options.threads} thread(s), torch {torch.__version__}",
             "comparisons": [asdict(comparison) for comparison in results],
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_text(options.json, json.dumps(written, indent=1) + "\n")
     return 0
 
 

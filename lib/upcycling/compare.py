@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import write_text
 from .config import forward_flops
 from .model import DecoderLM
 from .moe import expert_load
@@ -207,10 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = compare(options.preset, corpus, options.seeds, options.workers, not options.no_scratch)
     print(table(result))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.out)
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
     return 0
 
 
