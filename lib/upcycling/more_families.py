@@ -64,7 +64,11 @@ GLM4_MOE = MoEClass(
     fewest_experts=2,  # it adds the two best of each group
     read_by_getattr=("head_dim",),
     balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
+    engines={
+        "transformers": "everything",
+        "vLLM": "not known",
+        "llama.cpp": "normalises the weights as it should; the rest is not known",
+    },
 )
 QWEN3_5_MOE = MoEClass(
     "Qwen3_5MoeForCausalLM",
@@ -94,7 +98,7 @@ ERNIE4_5_MOE = MoEClass(
         "output_router_logits": True,
     },
     read_by_getattr=("head_dim",),
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
+    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
 )
 FFN = "model.layers.{layer}.feed_forward."
 LFM2_MOE = MoEClass(
@@ -107,7 +111,7 @@ LFM2_MOE = MoEClass(
     expert_width="moe_intermediate_size",
     settings=dict(norm_topk_prob=True, routed_scaling_factor=1.0, use_expert_bias=True, num_dense_layers=0),
     balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
+    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
 )
 HUNYUAN_MOE = MoEClass(
     "HunYuanMoEV1ForCausalLM",
@@ -117,7 +121,7 @@ HUNYUAN_MOE = MoEClass(
         MLP + "gate.wg.weight": router(),
     },
     balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
+    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
 )
 G4 = "model.layers.{layer}."
 GEMMA4_MOE = MoEClass(
