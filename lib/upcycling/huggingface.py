@@ -81,7 +81,7 @@ def to_hf(model: DecoderLM, tokenizer: Tokenizer | None = None):
     always has and `model` lacks are zeros (GPT-2's, and Llama's when some of q, k, v, out have one). With a
     `tokenizer` the ids of its special tokens are entered. transformers' balance loss pools all layers and is top_k at
     balance, so its coefficient is `aux_weight * layers / top_k`: the same size where layers agree. It has no z-loss.
-    (With its balance loss on, transformers 5.23 cannot generate() from a padded batch: pass output_router_logits=False.)
+    (With it on, transformers 5.23 cannot generate() from a padded batch: pass output_router_logits=False there.)
     Raises ValueError, naming the setting, for what no class expresses.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
