@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -59,7 +60,8 @@ def model(seed):
     torch.manual_seed(seed)
     return DecoderLM(replace(quick.model, init_std=0.1, moe=replace(quick.moe, router_std=0.5))).eval()
 a, b = model(0), model(1)
-probe_BT = torch.randint(3, 318, (5, 129))
+ids = torch.tensor(tokenizer.encode(text * 2).ids)
+probe_BT = torch.stack([ids[i : i + 129] for i in range(5)])
 domains = ["arithmetic", "code", "dictionary", "geography", "stories"]
 snapshots = RoutingSnapshots(probe_BT[:, :128], labels=domains)
 for step in range(0, 80, 10):
@@ -277,12 +279,17 @@ def test_hover_and_focus_show_all_probabilities(page):
                 page.keyboard.press("Tab")  # a focus is marked when keys have moved it
             else:
                 cell.tokens.nth(i).hover()
-            card = cell.here.locator(".card").nth(i)
-            playwright.expect(card).to_be_visible()
-            assert card.inner_text().startswith(f"token {i} ") and card.locator("i").count() == 16
-            top = "([x, y]) => document.elementFromPoint(x, y).closest('.card')?.innerText"
-            box = card.bounding_box()  # it lies over the card of the token that is followed
-            assert page.evaluate(top, [box["x"] + 5, box["y"] + 5]).startswith(f"token {i} ")
+            card = cell.tokens.nth(i).evaluate(
+                "e => { const s = getComputedStyle(e, '::before'); return [s.content, s.position, s.backgroundSize]; }"
+            )
+            assert card[0].startswith(f'"token {i}:') and card[1] == "absolute"
+            assert len(re.findall(r"\[\d+\]", card[0])) == 2 and card[2].count(",") == 15
+            others = cell.tokens.evaluate_all(
+                "all => all.filter(e => getComputedStyle(e, '::before').position == 'absolute').length"
+            )
+            assert others == 1
+    followed = cell.here.locator(".card").inner_text()
+    assert followed.startswith("token 0:") and len(re.findall(r"\d+", followed)) == 33
 
 
 def test_layer_recolours_the_tokens(page):

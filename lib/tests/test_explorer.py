@@ -122,15 +122,26 @@ def test_strip_of_one_experts_probability(model, tokenizer):
     assert sum(bytes.fromhex(lightest[1:])) > sum(bytes.fromhex(darkest[1:]))
 
 
-def test_cards_show_all_probabilities_and_frame_the_chosen(model, tokenizer):
+def test_cards_show_all_probabilities_and_mark_the_chosen(model, tokenizer):
     trace, texts = routed(model, tokenizer)
     strip = explorer.strip_of(trace, texts, 0)
-    cards = re.findall('<div class="card">.*?</div>', panel.strip_cards(strip))
-    assert len(cards) == len(texts)
-    for card, probabilities, chosen in zip(cards, trace.probabilities[0].tolist(), trace.expert_ids[0].tolist()):
-        assert re.findall(r"<u>(\d+)%</u>", card) == [f"{100 * p:.0f}" for p in probabilities]
-        bars = card.split("<i")[1:]
-        assert {e for e, bar in enumerate(bars) if "class=x" in bar} == set(chosen)
+    for i, (probabilities, chosen) in enumerate(zip(trace.probabilities[0].tolist(), trace.expert_ids[0].tolist())):
+        head, numbers, shares = panel.card_text(strip, i).split("\n")
+        assert head.startswith(f"token {i}:")
+        assert numbers.split() == [f"[{e}]" if e in chosen else str(e) for e in range(4)]
+        assert shares.split() == [f"{100 * p:.0f}" for p in probabilities]
+        assert panel.card_sizes(probabilities).split(",")[2] == f"{4 * probabilities[2]:.2f}ch 8px"
+
+
+def test_many_experts_make_several_rows():
+    shares = [i / 40 for i in range(40)]
+    strip = panel.Strip("", "", ["a"], ["#000000"], ["0"], [shares], [[20]])
+    lines = panel.card_text(strip, 0).split("\n")
+    assert [len(line.split()) for line in lines[1::3]] == [len(line.split()) for line in lines[2::3]] == [16, 16, 8]
+    assert "[20]" in lines[4] and lines[5].split()[4] == "50"
+    for row in lines[1::3]:  # each number is in the middle of its bar's place
+        for match in re.finditer(r"\S+", row):
+            assert match.start() // 5 == (match.end() - 1) // 5
 
 
 def test_style_sheet_colours_every_token_and_holds_no_text(model, tokenizer):
@@ -138,10 +149,8 @@ def test_style_sheet_colours_every_token_and_holds_no_text(model, tokenizer):
     strip = explorer.strip_of(trace, texts, 0)
     style = panel.strip_style(strip, "scope")
     for i, (colour, note) in enumerate(zip(strip.colours, strip.notes), 1):
-        rule = next(rule for rule in style.split("}") if f"background:{colour}" in rule)
-        assert f":nth-child({i})" in rule
-        assert f":nth-child({i}):is(:hover,:focus-visible)) .card:nth-child({i})" in style
-        assert any(f":nth-child({i})" in rule and f'content:"{note}"' in rule for rule in style.split("}"))
+        rule = next(rule for rule in style.split("}") if rule.startswith(f".scope button:nth-child({i})"))
+        assert f"background:{colour}" in rule and f'--note:"{note}"' in rule and f"token {i - 1}:" in rule
     assert style.count("<") == 2  # its own tags
 
 
@@ -219,24 +228,26 @@ def test_click_slider_and_layer_change_text_and_picture(model, tokenizer):
     made = TokenExplorer(model, tokenizer, TEXT)
     seen = [picture(made)]
     made.strips[0].buttons.value = 4  # what a click does
-    assert made.token.value == 4 and "Token 4 " in made._sentence.value and "nth-child(5)" in made.strips[0].mark.value
+    assert (
+        made.token.value == 4 and "Token 4 " in made._sentence.value and "nth-child(5)" in made.strips[0].followed.value
+    )
     seen.append(picture(made))
     made.token.value = 2
     assert made.strips[0].buttons.value == 2 and "Token 2 " in made._sentence.value
     seen.append(picture(made))
     assert all(a != b for (a, _), (b, _) in itertools.combinations(seen, 2))
     assert len({alternative for _, alternative in seen}) == 3
-    before = made.strips[0].cards.value
+    before = made.strips[0].sheet.value
     made.layer.value = 2
-    assert made.strips[0].cards.value != before and "layer 2" in made.strips[0].title.value
+    assert made.strips[0].sheet.value != before and "layer 2" in made.strips[0].title.value
     made.colour.value = 1
     assert "probability of expert 1" in made.strips[0].title.value
 
 
-def test_a_click_sends_no_cards_again(model, tokenizer):
+def test_a_click_sends_no_style_sheet_again(model, tokenizer):
     made = TokenExplorer(model, tokenizer, TEXT)
     sent = []
-    made.strips[0].cards.observe(sent.append, "value")
+    made.strips[0].sheet.observe(sent.append, "value")
     made.strips[0].buttons.observe(sent.append, "options")
     made.token.value = 3
     assert sent == []
@@ -471,7 +482,7 @@ def test_text_alone_can_be_the_probe(model, tokenizer):
         WhatIf(model, tokenizer)
 
 
-TAGS = set(re.findall(r"\w+", "b code div i img mark p span style table tbody td th thead tr u"))
+TAGS = set(re.findall(r"\w+", "b img mark p pre span style table tbody td th thead tr u"))
 ATTRIBUTES = {"alt", "aria-live", "class", "decoding", "role", "scope", "src", "style"}
 
 
@@ -500,7 +511,7 @@ def test_hostile_text_is_shown_as_text(model, tokenizer, snapshots, text):
         if "token" in each.controls:
             each.token.value = min(5, each.token.max)
         parts = [each._problem, each._sentence, each._words, each._picture]
-        parts += [widget for strip in each.strips for widget in (strip.title, strip.cards)]
+        parts += [widget for strip in each.strips for widget in (strip.title, strip.sheet, strip.followed)]
         for part in parts:
             Harmless().feed(part.value)
         assert each.still().data.startswith(b"\x89PNG")

@@ -167,17 +167,17 @@ def follow_example(panel, owner) -> None:
 
 
 class _StripWidget:
-    """A strip in the browser: one widget makes all buttons, style sheets colour them, cards show the probabilities.
+    """A strip in the browser: one widget makes all buttons, a style sheet colours them and holds their cards.
 
     Which card is seen is decided by the browser alone (:hover, :focus-visible); a click reaches the kernel as the new
     `buttons.value`. A button a token would be hundreds of widgets, and seconds for each new text.
     """
 
     def __init__(self):
-        self.title, self.cards, self.mark = W.HTML(), W.HTML(), W.HTML()
+        self.title, self.sheet, self.followed = W.HTML(), W.HTML(), W.HTML()
         self.buttons = W.ToggleButtons(options=[], layout=W.Layout(width="auto"))
         self.buttons.style.button_width = "auto"
-        self.box = W.VBox([self.title, self.buttons, self.cards, self.mark], layout=W.Layout(width="100%"))
+        self.box = W.VBox([self.title, self.buttons, self.followed, self.sheet], layout=W.Layout(width="100%"))
         self.scope = f"strip-{self.box.model_id}"
         self.box.add_class(self.scope)
 
@@ -188,67 +188,69 @@ class _StripWidget:
         self.buttons.value = followed
         heading = f"<b>{html.escape(visible(strip.title))}</b> " if strip.title else ""
         self.title.value = f'<span style="font-size:90%">{heading}{html.escape(strip.legend)}</span>'
-        self.cards.value = strip_style(strip, self.scope) + strip_cards(strip)
-        here = f":nth-child({followed + 1})"
-        self.mark.value = (
-            f"<style>.{self.scope} button{here}{{box-shadow:0 0 0 2px var(--jp-ui-font-color0,#000)!important}}"
-            f".{self.scope} .card{here}{{display:flex}}</style>"
-        )
+        self.sheet.value = strip_style(strip, self.scope)
+        followed_button = f".{self.scope} button:nth-child({followed + 1})"
+        frame = f"{followed_button}{{box-shadow:0 0 0 2px var(--jp-ui-font-color0,#000)!important}}"
+        card = html.escape(card_text(strip, followed))
+        sizes = card_sizes(strip.probabilities[followed])
+        self.followed.value = f'<style>{frame}</style><pre class="card" style="background-size:{sizes}">{card}</pre>'
 
 
 def strip_style(strip: Strip, scope: str) -> str:
-    """The style sheet that colours the buttons below class `scope`, writes their notes and shows their cards."""
-    looks: dict[tuple[str, str], list[str]] = {}
-    for i, look in enumerate(zip(strip.colours, strip.notes), 1):
-        looks.setdefault(look, []).append(f":nth-child({i})")
+    """The style sheet that colours the buttons below class `scope`, writes their notes and holds their cards.
+
+    No text of a token is in it, and no :has(), which is slow: a card is generated content of its button.
+    """
     rules = [_STRIP_RULES.replace("SCOPE", scope)]
-    for (colour, note), places in looks.items():
-        which = f".{scope} button:is({','.join(places)})"
-        rules.append(f"{which}{{background:{colour};color:{ink(colour)}}}")
-        # after the slash: how it is read out, by browsers that know of it
-        rules.append(f'{which}::after{{content:"{note}";content:"{note}"/", {note}"}}')
-    for i in range(1, len(strip.texts) + 1):
+    for i, (colour, note, probabilities) in enumerate(zip(strip.colours, strip.notes, strip.probabilities)):
+        card = card_text(strip, i).replace("\n", "\\a ")
         rules.append(
-            f".{scope}:has(button:nth-child({i}):is(:hover,:focus-visible)) .card:nth-child({i})"
-            "{display:flex;z-index:1}"
+            f".{scope} button:nth-child({i + 1}){{background:{colour};color:{ink(colour)};"
+            # after the slash: how it is read out, by browsers that know of it
+            f'--note:"{note}";--read:", {note}";--card:"{card}";--sizes:{card_sizes(probabilities)}}}'
         )
-    for e in range(len(strip.probabilities[0])):
-        rules.append(f".{scope} .card i:nth-of-type({e + 1}){{--c:{expert_colour(e)}}}")
+    experts = range(len(strip.probabilities[0]))
+    colours = ",".join(f"linear-gradient({expert_colour(e)},{expert_colour(e)})" for e in experts)
+    places = ",".join(f"{5 * (e % 16) + 0.5}ch {14 * (3 * (e // 16) + 3) + 1}px" for e in experts)
+    card = f".{scope} .card,.{scope} button:hover::before,.{scope} button:focus-visible::before"
+    rules.append(f"{card}{{background-image:{colours};background-position:{places}}}")
     return f"<style>{''.join(rules)}</style>"
 
 
 _STRIP_RULES = (
+    ".SCOPE .widget-toggle-buttons{position:relative;height:auto}"
     ".SCOPE .widget-toggle-buttons>div{display:flex;flex-wrap:wrap}"
     ".SCOPE button.widget-toggle-button{width:auto;min-width:1.2em;height:auto;line-height:1.35;padding:1px 3px;"
-    "margin:2px;white-space:pre;font-family:var(--jp-code-font-family,monospace);font-size:12px;border-radius:3px;box-shadow:none;"
-    "overflow:visible;unicode-bidi:isolate}"
-    ".SCOPE button::after{font-size:8.5px;margin-left:3px;vertical-align:sub;opacity:.85}"
-    ".SCOPE button:is(:hover,:focus-visible){filter:brightness(1.12)}"
+    "margin:2px;white-space:pre;font-family:var(--jp-code-font-family,monospace);font-size:12px;border-radius:3px;"
+    "box-shadow:none;overflow:visible;unicode-bidi:isolate}"
+    ".SCOPE button::after{content:var(--note);content:var(--note)/var(--read);font-size:8.5px;margin-left:3px;"
+    "vertical-align:sub;opacity:.85}"
     ".SCOPE button:focus-visible{outline:2px dashed var(--jp-ui-font-color0,#000);outline-offset:3px}"
-    ".SCOPE .cards{display:grid;min-height:92px}"
-    ".SCOPE .card{grid-area:1/1;display:none;flex-wrap:wrap;align-items:end;gap:2px;padding:3px;line-height:1.2;"
-    "background:var(--jp-layout-color1,#fff);color:var(--jp-ui-font-color1,#000)}"
-    ".SCOPE .card>span{flex-basis:100%}"
-    ".SCOPE .card i{font-style:normal;font-size:10px;text-align:center;width:32px;height:66px;display:flex;"
-    "flex-direction:column;justify-content:end;border:1px solid var(--jp-border-color2,#ccc);"
-    "background:linear-gradient(to top,var(--c) calc(var(--p)*1%),transparent 0) top/100% 38px no-repeat}"
-    ".SCOPE .card u{text-decoration:none}"
-    ".SCOPE .card .x{border:2px solid var(--jp-ui-font-color0,#000);font-weight:bold}"
+    ".SCOPE .card,.SCOPE button:hover::before,.SCOPE button:focus-visible::before{display:block;box-sizing:border-box;"
+    "margin:0;padding:4px 2px 16px;font:11px/14px var(--jp-code-font-family,monospace);white-space:pre;text-align:left;"
+    "color:var(--jp-ui-font-color1,#000);background-color:var(--jp-layout-color1,#fff);background-repeat:no-repeat;"
+    "background-origin:content-box}"
+    ".SCOPE button:hover::before,.SCOPE button:focus-visible::before{content:var(--card);content:var(--card)/'';"
+    "background-size:var(--sizes);position:absolute;z-index:9;left:0;top:100%;min-width:100%;pointer-events:none}"
+    ".SCOPE button:hover::before{z-index:10}"
 )
 
 
-def strip_cards(strip: Strip) -> str:
-    """One hidden card for each token: the probabilities of all experts, the chosen ones framed."""
-    cards = []
-    for i, (text, probabilities, chosen) in enumerate(zip(strip.texts, strip.probabilities, strip.chosen)):
-        bars = "".join(
-            f'<i{" class=x" if e in chosen else ""} style="--p:{100 * p:.0f}"><u>{100 * p:.0f}%</u><u>{e}</u></i>'
-            for e, p in enumerate(probabilities)
-        )
-        what = "probability of each expert, the chosen ones framed"
-        head = f"token {i} <code>{html.escape(visible(text))}</code>: {what}"
-        cards.append(f'<div class="card"><span>{head}</span>{bars}</div>')
-    return f'<div class="cards">{"".join(cards)}</div>'
+def card_text(strip: Strip, token: int) -> str:
+    """The probabilities of all experts for one token, sixteen to a row; the chosen experts are in brackets."""
+    lines = [f"token {token}: probability of each expert in %, the chosen ones in brackets"]
+    shares, chosen = strip.probabilities[token], strip.chosen[token]
+    for begin in range(0, len(shares), 16):
+        row = range(begin, min(begin + 16, len(shares)))
+        lines.append("".join(f"[{e}]".center(5) if e in chosen else str(e).center(5) for e in row).rstrip())
+        lines.append("".join(f"{100 * shares[e]:.0f}".center(5) for e in row).rstrip())
+        lines.append("")  # the bars are here
+    return "\n".join(lines[:-1])
+
+
+def card_sizes(probabilities: Sequence[float]) -> str:
+    """The bars' sizes, in the order of the experts, as CSS has them."""
+    return ",".join(f"{4 * p:.2f}ch 8px" for p in probabilities)
 
 
 def visible(text: str) -> str:
