@@ -104,8 +104,9 @@ def way_figure(traces: Sequence[RoutingTrace], token: int, text: str, names: Seq
                 rows.append(row_E)
                 framed.append(np.where(chosen_E, -1.0, 2.0))  # below and above every probability
                 labels.append(f"{name} layer {trace.layers[i]}".strip())
+    top = max(float(trace.probabilities.max()) for trace in traces)  # the same for every token: colours can be compared
     figure = plot_expert_matrix(
-        np.stack(rows), labels, null=np.stack(framed), spread=0.0, kind="", vmax=1, quantity="router's probability",
+        np.stack(rows), labels, null=np.stack(framed), spread=0.0, kind="", vmax=top, quantity="router's probability",
         title=f"token {token} “{text}” on its way through the layers",
     )  # fmt: skip
     figure.axes[0].set_xlabel("expert (framed: chosen)")
