@@ -11,6 +11,7 @@ same settings keeps the weight files that are complete (their SHA-256 is in the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -32,13 +33,29 @@ from .model_card import model_card, receipt_record
 from .pretrained import Plan, _quiet, plan, read_config
 from .receipt import Receipt
 from .receipt import verify as verify_models
-from .weight_files import CODES, COMPANIONS, WeightFiles, load_tokenizer, open_source
+from .weight_files import (
+    CODES,
+    COMPANIONS,
+    WeightFiles,
+    load_tokenizer,
+    naming,
+    on_one_line,
+    open_source,
+    read_json,
+)
 
 MAX_SHARD_SIZE = 2 * 10**9  # bytes; transformers loads several files no slower than one
 VERIFY_MEMORY = 2 * 10**9  # bytes; a pair of models that needs more in float32 is verified layer by layer
 RECEIPT = "upcycling_receipt.json"
 MANIFEST = "conversion.json"
 PENDING = "config.json.pending"  # the configuration's name until everything is verified
+INDEX = "model.safetensors.index.json"
+# Everything that a conversion writes, as patterns; nothing else is ever deleted.
+OWN = (
+    *(MANIFEST, PENDING, "config.json", RECEIPT, "README.md", "model.safetensors", "model-*-of-*.safetensors", INDEX),
+    *("additional_chat_templates", *COMPANIONS),
+)
+MAX_EXPERTS = 4096  # planning takes a while for each; the largest models have some hundreds
 
 
 @dataclass(frozen=True)
@@ -142,11 +159,11 @@ class Conversion:
     @property
     def title(self) -> str:
         """The dense model's name for receipt and card, without the folders of this computer."""
-        return self.name if self.from_hub else self.source.folder.resolve().name
+        return self.name if self.from_hub else on_one_line(self.source.folder.resolve().name)
 
     @property
     def partial(self) -> Path:
-        return self.out.with_name(self.out.name + ".partial")
+        return _partial(self.out)
 
     @property
     def bytes(self) -> int:
@@ -225,10 +242,16 @@ class Conversion:
     def run(self, *, verify: bool = True, verify_memory: int = VERIFY_MEMORY, progress: bool = True) -> Receipt | None:
         """Carry it out; see `convert`."""
         self.check_disk()
+        with _alone(self):
+            return self._run(verify, verify_memory, progress)
+
+    def _run(self, verify: bool, verify_memory: int, progress: bool) -> Receipt | None:
+        _check_place(self.out)  # once more: another conversion may have ended since
         digests = _write_weights(self, _open_partial(self), progress)
         _write_companions(self)
         receipt = _verify(self, verify_memory, progress) if verify else None
-        if receipt is not None and not receipt.passed and self.plan.init == "copy":
+        broken = receipt is not None and math.isnan(receipt.max_abs_diff)
+        if broken or (receipt is not None and not receipt.passed and self.plan.init == "copy"):
             raise ValueError(f"{receipt._verdict()}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
         write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
         write_text(self.partial / "README.md", model_card(self, receipt))
@@ -253,30 +276,29 @@ def in_bytes(count: float) -> str:
 def prepare(
     model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
     noise: float = 0.05, router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int = MAX_SHARD_SIZE, verify: bool = True,
 ) -> Conversion:  # fmt: skip
     """Check everything that can be checked before anything is written; arguments as for `convert`, same errors."""
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; choose another name, or delete it")
+    _check_place(out)
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"{num_experts} experts are more than {MAX_EXPERTS}; choose fewer")
     folder = open_source(model)
     source = WeightFiles(folder)
-    if out.resolve() == folder.resolve():
-        raise FileExistsError(f"{out} is the dense model's own folder; choose another name")
-    config = read_config(folder)
-    if config.dtype is None:  # then transformers takes the weights' own, and so do we
-        config.dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
-    chosen = plan(
-        config, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed, dtype=dtype
-    )  # fmt: skip
-    if chosen.target is None:
-        raise Refusal(f"{chosen.source} has no stock MoE class: {chosen.reason}", chosen.nearest)
+    with naming(folder / "config.json"):  # transformers raises a dozen kinds of errors for broken ones
+        config = read_config(folder)
+        if config.dtype is None and source.names:  # then transformers takes the weights' own, and so do we
+            config.dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
+        chosen = plan(
+            config, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed,
+            dtype=dtype,
+        )  # fmt: skip
+        if chosen.target is None:
+            raise Refusal(f"{chosen.source} has no stock MoE class: {chosen.reason}", chosen.nearest)
+        shapes = hub_shapes(config, chosen.source)[0]
     chosen.check_sources(source.names)
-    for name, shape in hub_shapes(config, chosen.source)[0].items():
-        if source.shapes[name] != shape:
-            raise ValueError(
-                f"{name} is {source.shapes[name]} in the weights but {shape} by the configuration of {folder}"
-            )
+    _check_tensors(source, shapes, chosen.tied)
+    _check_companions(folder, with_tokenizer=verify)
     entries = [Entry(t, dtype or (source.dtypes[t.sources[0]] if t.sources else chosen.dtype)) for t in chosen.tensors]
     settings = {
         "version": __version__,
@@ -304,32 +326,109 @@ def convert(
     """
     job = prepare(
         model, out, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed,
-        dtype=dtype, max_shard_size=max_shard_size,
+        dtype=dtype, max_shard_size=max_shard_size, verify=verify,
     )  # fmt: skip
     return job.run(verify=verify, verify_memory=verify_memory, progress=progress)
 
 
-def _read_manifest(folder: Path) -> dict | None:
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _check_place(out: Path) -> None:
+    """Raises ValueError or FileExistsError when nothing can be written to `out`, or something would be lost."""
+    if out.name in ("", "..") or not str(out).isprintable():
+        raise ValueError(f"{on_one_line(out)!r} is no name for a new folder; give one that can be printed")
+    partial, lock = _partial(out), Path(f"{_partial(out)}.lock")
+    for path in (out, partial, lock):
+        if path.is_symlink():
+            raise FileExistsError(f"{path} is a symbolic link; choose another name, or delete it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; choose another name, or delete it")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise FileExistsError(f"{out} cannot be a folder, because {above} is a file; choose another name")
+    in_the_way = "is in the way and not from an interrupted conversion; delete or rename it"
+    if partial.exists() and not partial.is_dir():
+        raise FileExistsError(f"{partial} {in_the_way}")
+    own = {path for pattern in OWN for end in ("", ".tmp") for path in partial.glob(pattern + end)}
+    if foreign := sorted(set(partial.rglob("*")) - own):
+        raise FileExistsError(f"{foreign[0]} {in_the_way}")
+    if own - {partial / (MANIFEST + ".tmp")} and _read_manifest(partial) is None:
+        raise FileExistsError(f"{partial} {in_the_way}")
+
+
+def _check_tensors(source: WeightFiles, shapes: dict, tied: dict[str, str]) -> None:
+    """Raises ValueError naming a tensor that is not what the configuration says."""
+    for name, shape in shapes.items():
+        if source.shapes[name] != shape:
+            raise ValueError(
+                f"{name} is {source.shapes[name]} in the weights but {shape} by the configuration of {source.folder}"
+            )
+        if not source.dtypes[name].is_floating_point:
+            raise ValueError(f"{name} has type {str(source.dtypes[name])[6:]}; give a model that is not quantised")
+    for name, twin in tied.items():
+        if name in source.names and twin in source.names and not source.same(name, twin):
+            raise ValueError(
+                f"{name} is not {twin}, although the configuration ties them: set tie_word_embeddings to false in "
+                f"{source.folder / 'config.json'}, or delete {name} from the weights"
+            )
+
+
+def _check_companions(folder: Path, with_tokenizer: bool) -> None:
+    """Raises ValueError naming a file that would come along but that transformers does not load."""
+    from transformers import GenerationConfig
+
+    if with_tokenizer:
+        load_tokenizer(folder)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        read_json(path)
+        with naming(path, understood=()):
+            GenerationConfig.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _alone(job: Conversion):
+    """Nobody else writes the same folder meanwhile. Raises FileExistsError when somebody does."""
+    from filelock import FileLock, Timeout
+
+    path = Path(f"{job.partial}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(f"another conversion is writing {job.out}; wait for it, or choose another name") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # where open files cannot be deleted, release() does it
+            path.unlink()
+        lock.release()
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    """What is recorded in a folder of an interrupted run; None where nothing is, or not by this program."""
+    try:
+        found = read_json(folder / MANIFEST)
     except (OSError, ValueError):
         return None
+    ours = found.keys() == {"settings", "shards"} and all(isinstance(value, dict) for value in found.values())
+    return found if ours else None
 
 
 def _open_partial(job: Conversion) -> dict[str, str]:
     """Make the folder that is written into, empty but for the finished weight files of a run with equal settings."""
-    folder = job.partial
+    folder, finished = job.partial, job.finished
     kept = {}
-    if folder.exists():
-        if _read_manifest(folder) is None and {path.name for path in folder.iterdir()} - {MANIFEST + ".tmp"}:
-            raise FileExistsError(f"{folder} is in the way and not from an interrupted conversion; delete or rename it")
-        for shard in job.shards:
-            path, digest = folder / shard.file, job.finished.get(shard.file)
-            if digest and path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == digest:
-                kept[shard.file] = digest
-        for path in folder.iterdir():
-            if path.name != MANIFEST and path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for shard in job.shards:
+        path, digest = folder / shard.file, finished.get(shard.file)
+        if digest and path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == digest:
+            kept[shard.file] = digest
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it; all of them ours, as checked
+        if path.name != MANIFEST and path.name not in kept:
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     _write_manifest(job, kept)
     return kept
@@ -371,7 +470,7 @@ def _write_companions(job: Conversion) -> None:
         where = {entry.name: shard.file for shard in job.shards for entry in shard.entries}
         size = sum(entry.bytes for shard in job.shards for entry in shard.entries)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        write_text(job.partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_text(job.partial / INDEX, json.dumps(index, indent=2) + "\n")
     if not (job.partial / "generation_config.json").exists():  # transformers would look for config.json instead
         GenerationConfig.from_model_config(job.plan.config).save_pretrained(job.partial)
     write_text(job.partial / PENDING, job.plan.config.to_json_string())
@@ -415,14 +514,19 @@ def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
 def _verify_whole(job: Conversion) -> Receipt:
     import transformers
 
-    load, dtype = transformers.AutoModelForCausalLM.from_pretrained, job.plan.dtype
+    load, options = (
+        transformers.AutoModelForCausalLM.from_pretrained,
+        dict(dtype=job.plan.dtype, trust_remote_code=False),
+    )
     with _quiet():
-        dense = load(job.source.folder, dtype=dtype).float()
-        moe = load(job.partial, config=read_config(job.partial / PENDING), dtype=dtype).float()
+        dense = load(job.source.folder, **options).float()
+        moe = load(job.partial, config=read_config(job.partial / PENDING), **options).float()
     return verify_models(dense, moe, load_tokenizer(job.source.folder))
 
 
 def _remedy(job: Conversion, receipt: Receipt) -> str:
+    if math.isnan(receipt.max_abs_diff):
+        return "weights are not finite, in the dense model or in the type and with the noise that were asked for"
     if receipt.max_abs_diff <= receipt.tolerance:
         return f"the logits agree, but greedy generation does not ({receipt.greedy!r} is the dense model's)"
     changed = any(entry.tensor.rule.transform is not None for shard in job.shards for entry in shard.entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -36,12 +37,15 @@ class WeightFiles:
         if (self.folder / "model.safetensors").is_file():  # before the index, as transformers does
             files = ["model.safetensors"]
         elif index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{index} is not an index of weight files ({error}); download the model again"
-                ) from error
+            contents = read_json(index)
+            where = contents.get("weight_map")
+            # Without metadata transformers would not load it.
+            if not isinstance(where, dict) or not isinstance(contents.get("metadata"), dict):
+                raise ValueError(f"{index} needs a weight_map and metadata (it may be {{}}); download the model again")
+            for file in where.values():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise ValueError(f"{index} names {file!r}, which is no file beside it; download the model again")
+            files = sorted(set(where.values()))
         else:
             raise FileNotFoundError(self._what_is_missing())
         self.files = [self.folder / file for file in files]
@@ -66,6 +70,12 @@ class WeightFiles:
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def same(self, name: str, other: str) -> bool:
+        """Do two tensors have the same type, shape and bytes?"""
+        if (self.shapes[name], self.dtypes[name]) != (self.shapes[other], self.dtypes[other]):
+            return False
+        return torch.equal(*(self[each].reshape(-1).view(torch.uint8) for each in (name, other)))
+
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix, without reading the others."""
         with safe_open(self._file_of[name], framework="pt") as file:
@@ -84,12 +94,41 @@ class WeightFiles:
         return f"{self.folder} has no model.safetensors; give a folder that save_pretrained() wrote, or a hub name"
 
 
+def read_json(path) -> dict:
+    """Return the object in a JSON file. Raises OSError, and ValueError naming the file for anything else."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # the latter for brackets within brackets
+        raise ValueError(f"{path} is not JSON ({error}); download or make it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object; download or make it again")
+    return found
+
+
+@contextlib.contextmanager
+def naming(path, understood: tuple[type, ...] = (OSError, ValueError)):
+    """Turn whatever a library raises about `path`, but for what is `understood`, into a ValueError that names it."""
+    try:
+        yield
+    except understood:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def on_one_line(text: str) -> str:
+    r"""`text` from a file or folder of others for a terminal: a line break as \u{A}, an escape as \u{1B}."""
+    return "".join(c if c.isprintable() else f"\\u{{{ord(c):X}}}" for c in str(text))
+
+
 def open_source(model) -> Path:
     """Return the local folder of `model`, a folder or a name such as "HuggingFaceTB/SmolLM2-135M" on the hub.
 
     From the hub only safetensors, JSON and tokenizer files are fetched (into the hub's cache). Raises
     FileNotFoundError when there is no such folder or the hub does not give the model.
     """
+    if not str(model):
+        raise FileNotFoundError("the model's name is empty; give its folder, or a hub name such as owner/model")
     path = Path(model).expanduser()
     if path.exists() or not _is_hub_name(str(model)):
         if not path.is_dir():
@@ -120,11 +159,18 @@ def _is_hub_name(text: str) -> bool:
 
 
 def load_tokenizer(folder):
-    """Return the folder's tokenizer, or None where there is none (a model works without)."""
+    """Return the folder's tokenizer, or None where there is none (a model works without).
+
+    Raises ValueError when it does not load, or only with code from the folder, which is never run.
+    """
     from transformers import AutoTokenizer
 
-    if not any(
-        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")]
+    files = [path for path in files if path.is_file()]
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path)
+    if not files:
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    with naming(f"the tokenizer of {folder} ({', '.join(path.name for path in files)})", understood=()):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
