@@ -6,9 +6,12 @@ Exit status: 0 done, 1 it could not be done (one sentence on stderr says why), 2
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterable
 
 EXAMPLE = """\
 examples:
@@ -35,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _inspect(options) if inspecting else _convert(options)
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from .weight_files import on_one_line
+
+        print(f"error: {on_one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted" if inspecting else "interrupted; the same command continues", file=sys.stderr)
@@ -65,11 +70,11 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="experts are copies (default; the function does not change) or copies with noise (it does, a little)",
     )  # fmt: skip
     parser.add_argument(
-        "--noise", type=float, default=0.05, metavar="STD",
+        "--noise", type=_finite, default=0.05, metavar="STD",
         help="of --init noise, in units of each weight matrix's own standard deviation (default: 0.05)",
     )  # fmt: skip
     parser.add_argument(
-        "--router-std", type=float, default=0.02, metavar="STD", help="of the routers' random weights (default: 0.02)"
+        "--router-std", type=_finite, default=0.02, metavar="STD", help="of the routers' random weights (default: 0.02)"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)"
@@ -114,7 +119,7 @@ def _convert(options) -> int:
         options.model, options.out, options.experts, options.top_k, layers=layers,
         init=options.init, noise=options.noise, router_std=options.router_std, seed=options.seed,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
-        max_shard_size=int(options.max_shard_size * 1e9),
+        max_shard_size=int(options.max_shard_size * 1e9), verify=not options.no_verify,
     )  # fmt: skip
     print(job, flush=True)
     if options.dry_run:
@@ -130,21 +135,26 @@ def _layers(text: str):
     """What --layers asks for: "all", "even", "odd" or a list of indices."""
     if text in ("all", "even", "odd"):
         return text
-    try:
-        parts = [part.split("-") for part in text.split(",")]
-        return [layer for first, *last in parts for layer in range(int(first), int(last[0] if last else first) + 1)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is none of all, even, odd, or indices such as 0,2,4-7") from None
+    layers = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)  # no model has 10,000 layers
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of all, even, odd, or indices such as 0,2,4-7")
+        layers += range(first, last + 1)
+    return layers
 
 
-def _layer_numbers(choice, model: str) -> list[int] | None:
+def _layer_numbers(choice, model: str) -> Iterable[int] | None:
     """The indices of the MoE layers; None for all."""
     if choice not in ("even", "odd"):
         return None if choice == "all" else choice
     from .pretrained import read_config
-    from .weight_files import open_source
+    from .weight_files import naming, open_source
 
-    return list(range(choice == "odd", read_config(open_source(model)).num_hidden_layers, 2))
+    folder = open_source(model)
+    with naming(folder / "config.json"):
+        return range(choice == "odd", read_config(folder).num_hidden_layers, 2)
 
 
 def _ids(text: str) -> list[int]:
@@ -155,9 +165,20 @@ def _ids(text: str) -> list[int]:
 
 
 def _gigabytes(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is no size: give a number above 0")
-    return float(text)
+    size = _finite(text)
+    if not 1e-9 <= size <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is no size in GB: give a number above 0, such as 2 or 0.5")
+    return size
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return number
 
 
 def _inspect(options) -> int:
@@ -165,8 +186,11 @@ def _inspect(options) -> int:
 
     text = options.text
     if options.text_file:
-        with open(options.text_file, encoding="utf-8") as file:
-            text = file.read()
+        try:
+            with open(options.text_file, encoding="utf-8") as file:
+                text = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{options.text_file} is not a text in UTF-8 ({error})") from error
     for line in inspect_folder(options.folder, text=text, ids=options.ids):
         print(line, flush=True)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ from .diagnosis import LoadReport, load_report
 from .pretrained import _quiet, read_config
 from .receipt import SETTINGS
 from .routing import find_routers, record_routing
-from .weight_files import WeightFiles, load_tokenizer, open_source
+from .weight_files import WeightFiles, load_tokenizer, naming, on_one_line, open_source, read_json
 
 # Shown to a model when no text is given: a few kinds of text, so that a router has something to tell apart.
 DEFAULT_TEXT = (
@@ -31,14 +30,21 @@ def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = N
     """Yield, in sentences, what `python -m upcycling inspect` prints about an MoE's folder or hub name.
 
     The collapse check routes `ids`, or `text` (a few sentences of several kinds by default). Raises FileNotFoundError
-    for a folder without weights, ValueError for a dense model, for text without a tokenizer and for ids that the
-    vocabulary does not have.
+    for a folder without weights; ValueError for a dense model, for a configuration or weights that do not fit, for
+    empty text, text without a tokenizer, and ids that the vocabulary does not have.
     """
+    if text is not None and not text.strip():
+        raise ValueError("the text to route is empty; give some, or leave it out for a few built-in sentences")
     folder = open_source(folder)
-    config, files = read_config(folder), WeightFiles(folder)
-    yield f"class       {(config.architectures or [type(config).__name__])[0]}"
-    router = find_routers(_empty_model(config))[0].holder
+    files = WeightFiles(folder)
+    with naming(folder / "config.json"):
+        config = read_config(folder)
+        model = _empty_model(config)
+    yield f"class       {on_one_line(type(model).__name__)}"
+    router = find_routers(model)[0].holder
     experts, top_k = _experts(config, files), router.top_k
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"{folder / 'config.json'} asks for the top {top_k} of {experts} experts; choose 1..{experts}")
     total = sum(map(math.prod, files.shapes.values()))
     in_experts = sum(math.prod(files.shapes[name]) for name in files.names if _of_experts(name, files, experts))
     active = total - in_experts + in_experts * top_k // experts
@@ -46,8 +52,8 @@ def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = N
     yield f"router      {type(router).__name__}, top-{top_k} of {experts} experts"
     settings = config.get_text_config().to_dict()
     shown = [f"{name}={settings[name]!r}" for name in SETTINGS if settings.get(name) is not None]
-    yield f"settings    {', '.join(shown)}"
-    yield f"receipt     {_receipt(folder)}"
+    yield f"settings    {on_one_line(', '.join(shown))}"
+    yield f"receipt     {on_one_line(_receipt(folder))}"
 
     size = sum(path.stat().st_size for path in files.files)
     available = _available_memory()
@@ -61,12 +67,17 @@ def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = N
         if tokenizer is None:
             yield "routing not checked: the folder has no tokenizer; give token ids with --ids 5,17,3"
             return
-        ids = tokenizer(text or DEFAULT_TEXT)["input_ids"]
+        with naming("the text"):  # such as half a surrogate pair, which some terminals give
+            ids = tokenizer(DEFAULT_TEXT if text is None else text)["input_ids"]
     yield str(collapse_check(folder, config, ids))
 
 
 def collapse_check(folder, config, ids: list[int]) -> LoadReport:
-    """Route token ids, in windows, and report the load of every layer. Raises ValueError for unknown ids."""
+    """Route token ids, in windows, and report the load of every layer.
+
+    Raises ValueError for unknown ids, and for weights that do not fit the configuration: transformers would put random
+    numbers where some are missing, and what such routers do says nothing.
+    """
     import transformers
 
     vocab = config.get_text_config().vocab_size
@@ -75,8 +86,15 @@ def collapse_check(folder, config, ids: list[int]) -> LoadReport:
         raise ValueError(
             f"token id {outside[0]} is not in 0..{vocab - 1}" if outside else "there are no tokens to route"
         )
-    with _quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with _quiet(), naming(folder):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    for kind in ("missing", "mismatched", "unexpected"):
+        for found in sorted(report[f"{kind}_keys"], key=str):
+            name = found if isinstance(found, str) else found[0]
+            raise ValueError(f"{name} is {kind} in the weights of {folder}, by its config.json; download it again")
+    model.eval()
     window = min(WINDOW, getattr(config.get_text_config(), "max_position_embeddings", None) or WINDOW)
     with record_routing(model) as trace, torch.no_grad():
         for start in range(0, len(ids), window):
@@ -106,7 +124,7 @@ def _of_experts(name: str, files: WeightFiles, experts: int) -> bool:
 
 def _receipt(folder) -> str:
     try:
-        receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+        receipt = read_json(folder / RECEIPT)
         if not receipt["verified"]:
             return f"made from {receipt['base_model']}, not verified"
         verdict = "the same function" if receipt["passed"] else "NOT the same function"

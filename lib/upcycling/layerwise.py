@@ -107,7 +107,7 @@ def _one_layer_model(files: WeightFiles, config, layer: int, kept: list[int], dt
     with _quiet():
         model, report = getattr(transformers, config.architectures[0]).from_pretrained(
             None, config=_one_layer_config(config, layer, len(kept)), state_dict=weights, dtype=torch.float32,
-            output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
     if wrong:
