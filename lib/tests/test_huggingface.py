@@ -321,6 +321,8 @@ def test_other_families_weights_and_places_are_refused(tmp_path):
         from_hf(classifier)
     with pytest.raises(TypeError, match="not a DecoderLM"):
         from_hf(make(SMOL))
+    with pytest.raises(TypeError, match="to_hf takes a DecoderLM, not a LlamaForSequenceClassification"):
+        to_hf(classifier)
     with pytest.raises(OSError, match="no model could be read from"):
         from_hf(tmp_path / "nothing")
     save_hf(make(SMOL), tmp_path / "pickled")
@@ -328,6 +330,24 @@ def test_other_families_weights_and_places_are_refused(tmp_path):
     torch.save({}, tmp_path / "pickled/pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         from_hf(tmp_path / "pickled")
+
+
+def test_a_head_that_is_not_the_embedding_although_tied_is_refused():
+    theirs = to_hf(make(replace(SMOL, tie_embeddings=False)))
+    theirs.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding.*tie_word_embeddings=False"):
+        from_hf(theirs)
+
+
+def test_parts_of_a_sharded_model_that_was_in_the_folder_are_deleted(tmp_path):
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt", "model-mine.txt"):
+        (tmp_path / name).write_text("{}")
+    own = make(SMOL)
+    save_hf(own, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model-mine.txt", "model.safetensors", "notes.txt"
+    ]  # fmt: skip
+    assert torch.equal(from_hf(tmp_path).head.weight, own.head.weight)
 
 
 @pytest.mark.skipif(not (DATA / "stories260K").exists(), reason="the pretrained Llama is not here")

@@ -2,17 +2,23 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from upcycling.families import Refusal, hub_tensors  # noqa: E402
+from upcycling.huggingface import from_hf  # noqa: E402
 from upcycling.pretrained import all_families, plan, upcycle_pretrained  # noqa: E402
 from upcycling.receipt import verify  # noqa: E402
 
@@ -154,6 +160,8 @@ def alternatives(name, value, config):
         together = [(2 * width, heads, 2 * part), (width, 2 * heads, part // 2), (width, heads // 2, 2 * part)]
         sizes = [dict(zip(("hidden_size", "num_attention_heads", "head_dim"), one)) for one in together]
         changes += [size for size in sizes if size["num_attention_heads"] % config.num_key_value_heads == 0]
+    if name in ("hidden_size", "num_attention_heads"):  # heads of the same width, for lists of rotation factors
+        changes.append({other: 2 * getattr(config, other) for other in ("hidden_size", "num_attention_heads")})
     return changes
 
 
@@ -400,6 +408,17 @@ def test_a_class_without_dense_layers_says_so():
         (dict(layers=[]), "choose some of 0..1"),
         (dict(init="drop"), "init='drop' is unknown; choose one of 'copy', 'noise'"),
         (dict(router_std=-1.0), "cannot be negative"),
+        (dict(router_std=float("nan")), "router_std=nan is .* must be finite"),
+        (dict(noise=float("inf")), "noise=inf"),
+        (dict(num_experts=8.0), "num_experts=8.0 is not a whole number"),
+        (dict(num_experts=4097), "num_experts=4097 is too many"),
+        (dict(top_k=True), "top_k=True is not a whole number"),
+        (dict(layers=[0.0]), "layer=0.0 is not a whole number"),
+        (dict(layers="all"), "layers='all' is no list"),
+        (dict(layers=1), "layers=1 is no list"),
+        (dict(seed=None), "seed=None is not a whole number"),
+        (dict(dtype="float32"), "dtype='float32' is none of torch.float32"),
+        (dict(dtype=torch.int8), "dtype=torch.int8 is none of"),
     ],
 )
 def test_settings_that_no_model_could_have(settings, message):
@@ -431,9 +450,30 @@ def test_an_old_config_json_keeps_its_rotation():
     assert carried_out.dtype == torch.bfloat16
 
 
+def test_numpy_integers_and_a_model_are_taken():
+    sizes = plan(tiny("llama"), np.int64(E), np.int32(2), layers=np.arange(2))
+    assert (sizes.num_experts, sizes.top_k, sizes.layers) == (E, 2, (0, 1))
+    assert {type(value) for value in (sizes.num_experts, sizes.top_k, *sizes.layers)} == {int}
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{}", '{"model_type": ["llama"]}', '{"model_type": "new"}'])
+def test_a_configuration_that_is_none_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}.* (no JSON object|model_type=)") as refused:
+        plan(tmp_path)
+    assert len(str(refused.value)) < 300
+    with pytest.raises(ValueError, match=r"does not make a llama configuration.*hidden_size"):
+        plan({"model_type": "llama", "hidden_size": "64"})
+    with pytest.raises(TypeError, match="NoneType is no configuration"):
+        plan(None)
+
+
 def test_an_unknown_family_is_refused_with_those_that_are_known():
     refused = plan(transformers.BertConfig())
     assert refused.target is None and "bert" in refused.reason
+    assert refused.nearest is None and "no decoder" in refused.reason
+    assert "llama" in plan(transformers.BambaConfig()).nearest
+    assert plan(transformers.MixtralConfig()).nearest is None
 
 
 def test_widths_that_the_grouped_product_does_not_take():
@@ -526,6 +566,126 @@ def test_it_trains_with_the_balance_loss_and_generates_on_a_padded_batch():
         tokens(), attention_mask=mask_BT, max_new_tokens=3, pad_token_id=0, output_router_logits=False
     )
     assert made.shape == (2, T + 3)
+
+
+# ------------------------------------------------------------------------------------------------- a folder of others
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama with a tied head, as save_pretrained writes it; `rewrite(folder, change)` edits its weights."""
+    tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_code_in_a_folder_is_never_run(folder):
+    """The one that the machine would ask about: "y" is the answer it would get."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nC = M = None\n")
+    ask = (
+        "import sys\nfrom upcycling import from_hf, plan, upcycle_pretrained\n"
+        "for function in (plan, upcycle_pretrained, from_hf):\n"
+        "    try:\n        function(sys.argv[1])\n"
+        "    except ValueError as error:\n        print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
+    run = subprocess.run(
+        [sys.executable, "-c", ask, str(folder)], input="y\n" * 9, text=True, capture_output=True, env=environment
+    )
+    assert not (folder / "ran").exists()
+    assert run.stdout.splitlines() == 3 * [
+        f"{folder} has model_type='evil', which transformers does not know; its auto_map names code of its own, "
+        "which is not run here"
+    ], run.stderr
+    # A known model that brings code of its own: transformers' class is taken.
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert type(upcycle_pretrained(folder, E, 2)).__name__ == "MixtralForCausalLM"
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("load", [upcycle_pretrained, from_hf])
+def test_a_folder_whose_weights_do_not_fit_is_refused_by_the_tensor_s_name(folder, load):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def refused(change, message):
+        before = (folder / "model.safetensors").read_bytes()
+        rewrite(folder, change)
+        with pytest.raises(ValueError, match=message):
+            load(folder)
+        (folder / "model.safetensors").write_bytes(before)
+
+    refused(lambda weights: weights.pop(name), f"{name} is missing")
+    refused(lambda weights: weights.update(score=torch.zeros(3)), "score is in the weights but no part of")
+    refused(lambda weights: weights.update({name: torch.zeros(5, 32)}), f"{name} has another shape")
+    head = torch.zeros(97, 32)
+    refused(
+        lambda weights: weights.update({"lm_head.weight": head}), "lm_head.weight is not .*tie_word_embeddings=False"
+    )
+
+
+@pytest.mark.parametrize("load", [upcycle_pretrained, from_hf])
+def test_a_tied_head_that_is_written_twice_and_old_rotation_tables_are_taken(folder, load):
+    def change(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    rewrite(folder, change)
+    ids_BT = tokens()
+    out = load(folder).eval()(ids_BT)
+    got = out.logits if hasattr(out, "logits") else out.logits_BTV
+    assert difference(logits(tiny("llama", tie_word_embeddings=True), ids_BT), got) <= 1e-5
+
+
+@pytest.mark.parametrize("load", [upcycle_pretrained, from_hf])
+def test_a_pickle_is_never_opened(folder, load):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"pytorch_model.bin, a pickle, .*save_pretrained"):
+        load(folder)
+    with pytest.raises(ValueError, match="holds no JSON object"):
+        load(folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="there is no folder"):
+        load(folder / "config.json")
+
+
+def test_what_is_no_model_with_weights_is_refused_in_a_sentence():
+    dense = tiny("llama")
+    moe = upcycle_pretrained(dense, E, 2)
+    for other in (None, torch.nn.Sequential(dense), torch.compile(dense)):
+        for ask in (lambda other=other: upcycle_pretrained(other), lambda other=other: verify(dense, other)):
+            with pytest.raises(TypeError, match=f"not a {type(other).__name__}; of one that is compiled or wrapped"):
+                ask()
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(dense.config)
+    for ask in (lambda: upcycle_pretrained(empty), lambda: verify(empty, moe)):
+        with pytest.raises(ValueError, match="meta device"):
+            ask()
+    with pytest.raises(ValueError, match="the vocabularies differ, 96 tokens and 97"):
+        verify(tiny("llama", vocab_size=96), moe)
+    with pytest.raises(ValueError, match="id 500 but the models have 97"):
+        verify(dense, moe, lambda text: {"input_ids": [1, 500]})
+
+
+def test_weights_that_are_not_numbers_are_named():
+    dense = tiny("llama")
+    moe = upcycle_pretrained(dense, E, 2)
+    dense.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"model.norm.weight of the dense model has values that are not finite"):
+        upcycle_pretrained(dense, E, 2)
+    receipt = verify(dense, moe)
+    assert not receipt.passed and any("dense model's own logits are not finite" in note for note in receipt.notes)
+    dense = tiny("llama")
+    dense.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"w3.weight has values too large for float16; choose dtype=torch.bfloat16"):
+        upcycle_pretrained(dense, E, 2, dtype=torch.float16)
 
 
 # ------------------------------------------------------------------------------------------------------ a real model

@@ -86,6 +86,8 @@ def to_hf(model: DecoderLM, tokenizer: Tokenizer | None = None):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not isinstance(model, DecoderLM):
+        raise TypeError(f"to_hf takes a DecoderLM, not a {type(model).__name__}; from_hf goes the other way")
     kind = _kind_of(model.config)
     settings = _settings(model.config, kind) | _special_tokens(tokenizer, model.config.vocab_size)
     weight, own = model.token_embedding.weight, model.state_dict()
@@ -106,29 +108,33 @@ def from_hf(model_or_folder) -> DecoderLM:
 
     Takes the model or the folder (or hub name) of one; a folder's weights are read from safetensors only. Returns a
     new model in its dtype, device and mode; torch's random state is untouched. Raises ValueError, naming the field
-    or the weight, for what DecoderLM does not express (scaled RoPE, sliding windows, a free head width, ...), and
-    OSError where there is no model.
+    or the weight, for what DecoderLM does not express (scaled RoPE, sliding windows, a free head width, ...) and for
+    weights that do not fit, and OSError where there is no model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from .pretrained import load_dense, read_config
+    from .receipt import check_model
 
-    if isinstance(model_or_folder, PreTrainedModel):
-        theirs, config = model_or_folder, _model_config(model_or_folder.config)
-    elif isinstance(model_or_folder, str | os.PathLike):
+    theirs = model_or_folder
+    if isinstance(theirs, str | os.PathLike):
         try:
-            config = _model_config(AutoConfig.from_pretrained(model_or_folder))  # before any weight is read
-            theirs = AutoModelForCausalLM.from_pretrained(model_or_folder, dtype="auto", use_safetensors=True)
+            _model_config(read_config(theirs))  # before any weight is read
+            theirs = load_dense(theirs)
         except OSError as error:
             raise OSError(
                 f"no model could be read from {str(model_or_folder)!r} ({str(error).splitlines()[0]}); from_hf takes a "
                 "folder with config.json and safetensors, as save_pretrained writes it, or a name on the hub"
             ) from error
-    else:
-        raise TypeError(f"from_hf takes a transformers model or a folder, not a {type(model_or_folder).__name__}")
+    check_model(theirs, "from_hf", or_else=" or a folder")
+    config = _model_config(theirs.config)
     kind, state = theirs.config.model_type, {}
     for name, value in theirs.state_dict().items():
         parts = _ours(kind, name)
         value = value.t() if _transposed(kind, name) else value
         state |= zip(parts, value.chunk(len(parts), dim=_joined_dim(name)) if parts else (), strict=True)
+    if config.tie_embeddings and not torch.equal(state["head.weight"], state["token_embedding.weight"]):
+        raise ValueError(
+            "lm_head.weight is not the embedding although the configuration ties them; set tie_word_embeddings=False"
+        )
     with torch.random.fork_rng(devices=[]):
         own = DecoderLM(config).to(dtype=theirs.dtype, device=theirs.device)
     own.load_state_dict(state)
@@ -139,7 +145,8 @@ def save_hf(model: DecoderLM, folder: str | os.PathLike, tokenizer: Tokenizer | 
     """Write `to_hf(model)` and the tokenizer to `folder`, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Safetensors and JSON only. Files are written beside the folder and moved in whole, config.json last, so that a
-    new folder loads only when it is complete. Raises ValueError as `to_hf` does.
+    new folder loads only when it is complete; the parts of a sharded model that was there are deleted. Raises
+    ValueError as `to_hf` does.
     """
     folder = Path(folder)
     theirs, temporary = to_hf(model, tokenizer), folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -148,8 +155,14 @@ def save_hf(model: DecoderLM, folder: str | os.PathLike, tokenizer: Tokenizer | 
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        written = set()
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
+            written.add(file.name)
+        for pattern in ("model-?????-of-?????.safetensors", "model.safetensors.index.json"):
+            for stale in folder.glob(pattern):  # of a larger model that was here before
+                if stale.name not in written:
+                    stale.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -462,8 +462,8 @@ _TEXT_PART = (
     "take its text part: load the folder with AutoModelForCausalLM, save_pretrained() it to a new folder, and give that"
 )
 UNGATED = "its FFN has no gate, and no stock decoder class has experts without one but NemotronH (relu², no rotation)"
-# model_type -> (why no stock class computes it, what comes closest)
-REFUSED: dict[str, tuple[str, str]] = {
+# model_type -> (why no stock class computes it, what comes closest, if anything)
+REFUSED: dict[str, tuple[str, str | None]] = {
     "gpt2": (
         UNGATED + "; its positions are learned, too",
         "upcycling.from_hf gives a DecoderLM with the same logits, and upcycling.upcycle makes that an MoE",
@@ -502,7 +502,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     **{kind: ("it is a model of several parts, of which text is one", _TEXT_PART) for kind in (
         "gemma3", "gemma3n", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl",
     )},
-    **{kind: ("it is an MoE already", "its dense sibling") for kind in (
+    **{kind: ("it is an MoE already", None) for kind in (
         "cohere2_moe", "dbrx", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
         "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2_moe", "llama4",
         "llama4_text", "mellum", "minimax", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",

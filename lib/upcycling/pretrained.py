@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import html
+import math
+import operator
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +23,14 @@ import torch
 
 from . import families, more_families
 from .families import Initialisation, Refusal, TargetTensor, build, configure, hub_shapes, hub_tensors
-from .receipt import Receipt, fits_grouped_mm, use_eager_if_needed, verify
+from .receipt import Receipt, check_model, fits_grouped_mm, use_eager_if_needed, verify
+from .weight_files import WeightFiles, open_source
 
 __all__ = ["Plan", "Receipt", "Sizes", "plan", "read_config", "upcycle_pretrained", "verify"]
 
 INITS = ("copy", "noise")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_EXPERTS = 4096
 TRAINING_NOTES = (
     "output_router_logits=True makes transformers add the balance loss to `loss`; it pools all layers before comparing "
     "expert loads, so layers that collapse on different experts look balanced: use a balance loss per layer to train.",
@@ -145,21 +151,91 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def read_config(config):
-    """A transformers configuration from one, from a dict (config.json) or from a folder or hub name.
+    """A transformers configuration from one, from its model, from a dict (config.json) or from a folder or hub name.
 
-    Raises ValueError for a model_type that transformers does not know, OSError where nothing is found.
+    No code that comes with a model is run. Raises ValueError for a model_type that transformers does not know, OSError
+    where nothing is found.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    config = getattr(config, "config", config)
     if isinstance(config, PreTrainedConfig):
         return config
     if isinstance(config, Mapping):
-        values = dict(config)
-        return AutoConfig.for_model(values.pop("model_type", None), **values)
-    path = Path(config)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json; give a folder that save_pretrained wrote, or a hub name")
-    return AutoConfig.from_pretrained(config)
+        values, name = config, "the configuration"
+    elif isinstance(config, str | os.PathLike):
+        path, name = Path(config), str(config)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} has no config.json; give a folder that save_pretrained wrote, or a hub name"
+            )
+        try:
+            values = dict(PreTrainedConfig.get_config_dict(path if path.exists() else name)[0])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the config.json of {name} holds no JSON object ({error})") from error
+    else:
+        raise TypeError(f"{type(config).__name__} is no configuration; give one, a dict, a folder or a hub name")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        reason = "; its auto_map names code of its own, which is not run here" if values.get("auto_map") else ""
+        raise ValueError(f"{name} has model_type={kind!r}, which transformers does not know{reason}")
+    try:
+        if isinstance(config, Mapping):
+            return AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
+        return AutoConfig.from_pretrained(path if path.exists() else name, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name} does not make a {kind} configuration: {' '.join(str(error).split())}") from error
+
+
+def load_dense(folder, dtype: torch.dtype | str = "auto"):
+    """The model in a folder (or under a hub name), read from safetensors, with none of its own code run.
+
+    Raises FileNotFoundError where there are no safetensors, ValueError naming a tensor that is missing, left over or
+    of another shape than the configuration says.
+    """
+    import transformers
+
+    folder = open_source(folder)
+    config = read_config(folder)
+    WeightFiles(folder)  # raises for pickles and damaged files
+    with _quiet():
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    for kind, what in (
+        ("missing_keys", "is missing from the weights"),
+        ("unexpected_keys", "is in the weights but no part of the model"),
+        ("mismatched_keys", "has another shape in the weights than by the configuration"),
+        ("error_msgs", "(an error while loading)"),
+    ):
+        if wrong := sorted(map(_tensor_name, loading.get(kind, ()))):
+            raise ValueError(f"{wrong[0]} {what}: {type(model).__name__} of {folder} ({len(wrong)} such tensors)")
+    return model
+
+
+def _tensor_name(entry) -> str:
+    return entry if isinstance(entry, str) else entry[0]
+
+
+def _whole(name: str, value) -> int:
+    """A whole number as int; ValueError for anything else, also for True and 2.0."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is not a whole number") from None
+
+
+def _check_deviation(name: str, value) -> None:
+    try:
+        fits = 0 <= value < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}={value!r} is a standard deviation; it must be finite and cannot be negative")
 
 
 def plan(
@@ -168,7 +244,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Which stock MoE class has a dense model's logits, and what has to be set; or why there is none. Reads no weights.
 
-    `config`: a transformers configuration, a dict, a folder or a hub name. `layers`: indices of the MoE layers
+    `config`: a transformers configuration or model, a dict, a folder or a hub name. `layers`: indices of the MoE layers
     (default: all). `init`: "copy", or "noise" (each expert's tensor plus N(0, (noise × its standard deviation)²), which
     changes the function). `dtype`: of what will be written (default: the dense model's). Raises ValueError for settings
     that no model could have, OSError for a folder that is not there; a model that cannot be upcycled is a Plan whose
@@ -178,17 +254,26 @@ def plan(
 
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(map(repr, INITS))}")
+    num_experts, top_k = _whole("num_experts", num_experts), _whole("top_k", top_k)
+    seed = _whole("seed", seed)
+    if num_experts > MOST_EXPERTS:
+        raise ValueError(f"num_experts={num_experts} is too many; choose 1..{MOST_EXPERTS}")
     if num_experts < 1 or not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} with {num_experts} experts; choose 1..{max(1, num_experts)}")
-    if router_std < 0 or noise < 0:
-        raise ValueError(f"router_std={router_std} and noise={noise} are standard deviations; they cannot be negative")
+    _check_deviation("router_std", router_std)
+    _check_deviation("noise", noise)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of {', '.join(map(str, DTYPES))}")
+    if layers is not None:
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ValueError(f"layers={layers!r} is no list of layer indices")
+        layers = [_whole("layer", layer) for layer in layers]
     config = read_config(config)
     kind = config.model_type
     source = CLASSES.get(kind, type(config).__name__)
     rules = all_families()
     if kind not in rules:
-        unknown = f"the family {kind!r} is not known here", f"add a rule for it; known: {', '.join(sorted(rules))}"
-        return Plan(source, None, *more_families.REFUSED.get(kind, unknown))
+        return Plan(source, None, *more_families.REFUSED.get(kind, _unknown(config, kind in CLASSES)))
     depth = config.num_hidden_layers
     chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
@@ -238,6 +323,16 @@ def plan(
     )  # fmt: skip
 
 
+def _unknown(config, causal: bool) -> tuple[str, str | None]:
+    """(Why there is no class, what is nearest) for a family without a rule."""
+    known = f"the family {config.model_type!r} is not known here"
+    if not causal or getattr(config, "is_decoder", None) is False or getattr(config, "is_encoder_decoder", False):
+        return f"{known}, and it is no decoder: only causal language models can be upcycled", None
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return f"{known}, and it has experts already", None
+    return known, f"add a rule for it; known: {', '.join(sorted(all_families()))}"
+
+
 NO_BALANCE_LOSS = "{} adds no balance loss of its own: use one per layer to train."
 # Settings that conversions have lost before, shown although they are only carried.
 _TRAPS = ("rope_parameters", "sliding_window", "head_dim", "tie_word_embeddings", "attention_bias", "layer_types")
@@ -254,21 +349,29 @@ def upcycle_pretrained(
     """A stock transformers MoE with the logits of a dense model (or its folder or hub name); settings as in `plan`.
 
     Returns a new model on the dense model's device and in its mode, with its generation configuration; the dense model
-    is unchanged. Raises ValueError where no class fits (see `plan`) or a tensor has no place.
+    is unchanged. A folder's weights are read from safetensors only, and no code in it is run. Raises ValueError where
+    no class fits (see `plan`), a tensor has no place or is not finite, FileNotFoundError where there is no model, and
+    TypeError for what is not a transformers model.
     """
     import transformers
 
-    dense = model_or_folder
-    if not isinstance(dense, transformers.PreTrainedModel):
-        dense = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=dtype or "auto")
+    def planned(config) -> Plan:
+        found = plan(
+            config, num_experts, top_k,
+            layers=layers, router_std=router_std, init=init, noise=noise, seed=seed, dtype=dtype,
+        )  # fmt: skip
+        if found.target is None:
+            raise Refusal(f"{found.source} has no stock MoE class: {found.reason}", found.nearest)
+        return found
+
+    dense, layers = model_or_folder, layers if layers is None or isinstance(layers, str) else list(layers)
+    if isinstance(dense, str | os.PathLike):
+        planned(dense)  # what is refused is refused before any weight is read
+        dense = load_dense(dense, dtype or "auto")
+    check_model(dense, "upcycle_pretrained", or_else=" or a folder")
     dense_config = copy.deepcopy(dense.config)
     dense_config.dtype = dense.dtype
-    carried_out = plan(
-        dense_config, num_experts, top_k,
-        layers=layers, router_std=router_std, init=init, noise=noise, seed=seed, dtype=dtype,
-    )  # fmt: skip
-    if carried_out.target is None:
-        raise Refusal(f"{carried_out.source} has no stock MoE class: {carried_out.reason}", carried_out.nearest)
+    carried_out = planned(dense_config)
     weights = hub_tensors(dense)
     carried_out.check_sources(weights)
     everything = dense.state_dict()
@@ -283,6 +386,13 @@ def upcycle_pretrained(
         to = dtype if tensor.sources else carried_out.dtype
         sources = [weights[name] for name in tensor.sources]
         value = tensor.make(*sources, dtype=to)
+        if not value.isfinite().all():
+            broken = [name for name, source in zip(tensor.sources, sources) if not source.isfinite().all()]
+            raise ValueError(
+                f"{broken[0]} of the dense model has values that are not finite (NaN or infinity): mend it first"
+                if broken
+                else f"{tensor.name} has values too large for {_name(value.dtype)}; choose dtype=torch.bfloat16"
+            )
         # transformers keeps what it is given and stacks only single experts; the dense model's memory stays its own.
         shared = any(value.untyped_storage().data_ptr() == s.untyped_storage().data_ptr() for s in sources)
         made[tensor.name] = value.clone() if shared and tensor.kind != "expert" else value
@@ -301,15 +411,18 @@ def upcycle_pretrained(
 
 @contextlib.contextmanager
 def _quiet():
-    """Without transformers' progress bars (they are for downloads) and torch's remark on shared experts of width 0."""
+    """Without transformers' progress bars (they are for downloads) and its tables of what did not load (they are turned
+    into errors), and without torch's remark on shared experts of width 0."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import html
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -117,11 +118,20 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     On random ids (2 sequences of `length` tokens, fewer where the models take fewer), on real text where there is a
     `tokenizer`, on that batch padded right and left with an attention mask, and with the cache, token by token. The
     tolerance is 1e-5, times the largest logit where that exceeds 1. Both models are put into evaluation mode and back.
+    Raises TypeError for what is not a transformers model, ValueError for models without weights (on the meta device)
+    or of different vocabularies, and for a tokenizer with ids that they do not have.
     """
+    check_model(dense, "verify")
+    check_model(moe, "verify")
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (dense, moe)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}: not one model's dense and MoE form"
+        )
     dense, moe = _float32(dense), _float32(moe)
     use_eager_if_needed(moe)
     modes = [(model, model.training) for model in (dense, moe)]
-    notes, vocab = [], dense.get_input_embeddings().weight.shape[0]
+    notes, vocab = [], sizes[0]
     limits = [
         getattr(model.config.get_text_config(), "max_position_embeddings", None) or length for model in (dense, moe)
     ]
@@ -132,6 +142,8 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     probe = f"2 sequences of {length} random ids (seed {seed})"
     if tokenizer is not None:
         text = [tokenizer(sentence)["input_ids"][:length] for sentence in SENTENCES]
+        if (largest_id := max((max(ids, default=0) for ids in text), default=0)) >= vocab:
+            raise ValueError(f"the tokenizer gives id {largest_id} but the models have {vocab} tokens; give their own")
         sequences = text
         probe += f", {len(text)} texts of {', '.join(str(len(ids)) for ids in text)} tokens"
     window = getattr(dense.config.get_text_config(), "sliding_window", None)
@@ -155,7 +167,7 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
             a, b = run(dense).cpu().double(), run(moe).cpu().double()
             if keep is not None:
                 a, b = a[keep], b[keep]
-            largest = max(largest, float(a.abs().max()))
+            largest = _worst([largest, float(a.abs().max())])
             checks[name] = float((a - b).abs().max())
 
         compare("random ids", lambda model: _logits(model, random_BT))
@@ -167,6 +179,8 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
             ids_BT, mask_BT = _pad(sequences, side)
             compare(f"padded {side}", lambda model, x=ids_BT, m=mask_BT: _logits(model, x, m), mask_BT.bool())
         compare("with cache", lambda model: _cached_logits(model, random_BT))
+        if not math.isfinite(largest):
+            notes.append("the dense model's own logits are not finite (NaN or infinity): nothing can be equal to them")
         tolerance = TOLERANCE[torch.float32] * max(1.0, largest)
         ids_BT, mask_BT = _pad([ids[: max(1, length // 2)] for ids in sequences], "left")
         new = min(16, length - ids_BT.shape[1])
@@ -182,6 +196,19 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
         type(dense).__name__, type(moe).__name__, _worst(list(checks.values())), tolerance, checks, equal, greedy,
         probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(), tuple(notes),
     )  # fmt: skip
+
+
+def check_model(model, asking: str, or_else: str = "") -> None:
+    """TypeError unless `model` is a transformers model, ValueError where its weights are on the meta device."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{asking} takes a transformers model{or_else}, not a {type(model).__name__}; of one that is compiled or "
+            "wrapped give the model inside"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"the weights of this {type(model).__name__} are on the meta device: load them first")
 
 
 def _worst(values: list[float]) -> float:
