@@ -10,6 +10,7 @@ from upcycling import DecoderLM, ModelConfig, MoEConfig, TokenStream, evaluate, 
 from upcycling.diagnosis import diagnose_router, evaluate_routing
 from upcycling.metrics import balanced_perplexity, router_entropy, router_margin
 from upcycling.moe import aux_loss
+from upcycling.routing import record_routing
 
 V = 40
 
@@ -59,7 +60,13 @@ def test_the_alarm_names_only_the_layers_that_collapsed_by_their_own_numbers():
     generator = torch.Generator().manual_seed(0)
     even_NK = torch.rand(400, 8, generator=generator).topk(2, dim=-1).indices
     stuck_NK = torch.tensor([[3, 5]]).expand(400, 2)
-    trace = SimpleNamespace(expert_ids=torch.stack([even_NK, stuck_NK, even_NK]), layers=(1, 3, 5), num_experts=8)
+    trace = SimpleNamespace(
+        weights=torch.ones(1),
+        probabilities=torch.ones(1),
+        expert_ids=torch.stack([even_NK, stuck_NK, even_NK]),
+        layers=(1, 3, 5),
+        num_experts=8,
+    )
     report = load_report(trace)
     assert report.layers == (1, 3, 5) and report.collapsed_layers == (3,)
     assert "layer 3 collapsed" in report.alarm
@@ -92,6 +99,16 @@ def test_load_report_wants_all_layers_and_the_number_of_experts():
         load_report(torch.zeros(5, 2, dtype=torch.long), 4)
     with pytest.raises(ValueError, match="num_experts is None"):
         load_report(torch.zeros(1, 5, 2, dtype=torch.long))
+
+
+def test_a_diverged_model_has_no_load():
+    sizes = dict(vocab_size=20, d_model=16, n_layers=1, n_heads=2, d_ff=8, seq_len=8)
+    model = DecoderLM(ModelConfig.smol(**sizes, moe=MoEConfig(4, 2)))
+    torch.nn.init.constant_(model.token_embedding.weight, float("nan"))
+    with record_routing(model) as trace:
+        model(torch.zeros(1, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="the model has diverged"):
+        load_report(trace)
 
 
 # -------------------------------------------------------------------------------------------- a whole validation set

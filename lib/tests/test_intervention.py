@@ -2,6 +2,7 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -399,3 +400,42 @@ def test_groups_that_are_left_with_too_few():
     with pytest.raises(ValueError, match="in layer 1 a token's best groups of experts hold fewer than top_k=2"):
         with intervene(model, remove=[0, 2, 4]):
             model(tokens()[0])
+
+
+# ------------------------------------------------------------------------------------------- what cannot be asked
+
+
+@pytest.mark.parametrize("wrong", [1.0, 0.5, True, "1", None, torch.tensor(1.0)])
+def test_an_expert_is_named_by_a_whole_number(wrong):
+    model = new_model()
+    with pytest.raises(ValueError, match=r"remove of layer 0: expert=.* is not a whole number"):
+        with intervene(model, remove=[wrong]):
+            pass
+    with intervene(model, remove=torch.tensor([1, 2]), top_k=np.int64(3)):
+        assert not set(ids(model, tokens()[0])[0].flatten().tolist()) & {1, 2}
+    with pytest.raises(ValueError, match=r"top_k=2\.0 is not a whole number"), intervene(model, top_k=2.0):
+        pass
+
+
+def test_losses_need_targets_of_the_same_shape_and_ids_of_the_vocabulary():
+    model, (tokens_BT, targets_BT) = new_model(), tokens()
+    for bad in ((tokens_BT, targets_BT[:2]), (tokens_BT[:0], targets_BT[:0]), (tokens_BT[0], targets_BT[0])):
+        with pytest.raises(ValueError, match="tokens have shape"):
+            token_losses(model, *bad)
+        with pytest.raises(ValueError, match="tokens have shape"):
+            domain_losses(model, {"a": bad})
+    for id_ in (50, -1):
+        with pytest.raises(ValueError, match=rf"tokens have the id {id_}, but the model's ids are 0\.\.49"):
+            token_losses(model, tokens_BT.clone().fill_(id_), targets_BT)
+    with pytest.raises(ValueError, match="targets have the id 50"):
+        token_losses(model, tokens_BT, targets_BT.clone().fill_(50))
+
+
+def test_a_knockout_needs_experts_layers_and_targets():
+    model, windows = new_model(), tokens()
+    domains = {"a": windows, "b": windows}
+    for nothing in (dict(experts=[]), dict(layers=[])):
+        with pytest.raises(ValueError, match="nothing to knock out"):
+            knockout(model, domains, **nothing)
+    with pytest.raises(ValueError, match="domain 'b' has no target"):
+        knockout(model, {"a": windows, "b": (windows[0], torch.full_like(windows[1], -100))})

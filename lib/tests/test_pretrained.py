@@ -639,7 +639,8 @@ def test_a_tied_head_that_is_written_twice_and_old_rotation_tables_are_taken(fol
 
     rewrite(folder, change)
     ids_BT = tokens()
-    out = load(folder).eval()(ids_BT)
+    with torch.no_grad():
+        out = load(folder).eval()(ids_BT)
     got = out.logits if hasattr(out, "logits") else out.logits_BTV
     assert difference(logits(tiny("llama", tie_word_embeddings=True), ids_BT), got) <= 1e-5
 
@@ -650,10 +651,10 @@ def test_a_pickle_is_never_opened(folder, load):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"pytorch_model.bin, a pickle, .*save_pretrained"):
         load(folder)
-    with pytest.raises(ValueError, match="holds no JSON object"):
-        load(folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="there is no folder"):
         load(folder / "config.json")
+    with pytest.raises(OSError, match=r"pytorch_model\.bin"):
+        load(folder / "pytorch_model.bin")
 
 
 def test_what_is_no_model_with_weights_is_refused_in_a_sentence():

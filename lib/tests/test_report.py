@@ -185,6 +185,9 @@ def test_what_cannot_be_reported_is_refused(path):
     probabilities[0, 3, 2] = float("nan")
     with pytest.raises(ValueError, match="diverged"):
         save_report(trace_of(probabilities=probabilities), path)
+    for few in (0, -1):
+        with pytest.raises(ValueError, match=f"max_tokens={few} leaves nothing"):
+            save_report(trace_of(), path, max_tokens=few)
     with pytest.raises(ValueError, match="empty"):
         save_report(RoutingTrace(**{
             "layers": [0], "logits": np.zeros((1, 0, 4)), "probabilities": np.zeros((1, 0, 4)),

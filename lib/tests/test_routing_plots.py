@@ -259,6 +259,21 @@ def test_knockout():
     assert plot_knockout(cost_EC, ["a", "b"], limit=2).axes[0].images[0].get_clim() == (-2, 2)
 
 
+def test_there_is_no_figure_of_nothing():
+    empty = np.zeros((0, 0))
+    for draw in (
+        lambda: plot_expert_matrix(empty, []),
+        lambda: plot_expert_matrix(np.zeros((2, 0)), ["a", "b"]),
+        lambda: plot_knockout(empty, []),
+        lambda: plot_layer_loads(empty, []),
+        lambda: plot_coactivation(empty, chance=0.5),
+        lambda: plot_saturation({}),
+        lambda: plot_specialisation({"layer 0": []}),
+    ):
+        with pytest.raises(ValueError, match="give "):
+            draw()
+
+
 def test_matrices_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match=r"shape \(2, 4\) but there are 3 domain names; give \(3, experts\)"):
         plot_expert_matrix(SHARE, ["a", "b", "c"])

@@ -5,6 +5,7 @@ Everything here is plain data: no torch is imported, so counting a 370-million-p
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass, fields, replace
 
 NORMS = ("layernorm", "rmsnorm")
@@ -25,6 +26,16 @@ def _at_least(minimum: float, **values) -> None:
     for name, value in values.items():
         if not value >= minimum:  # written so that NaN fails too
             raise ValueError(f"{name}={value!r} is too small; choose at least {minimum}")
+
+
+def whole_number(name: str, value) -> int:
+    """`value` as int; ValueError for what is no integer of Python, NumPy or torch, and for True and 2.0."""
+    try:
+        if str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.") == "bool":
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is not a whole number") from None
 
 
 def _from_dict(cls, values: dict):

@@ -119,6 +119,7 @@ def load_report(trace, num_experts: int | None = None) -> LoadReport:
 
     Why both: with four layers each collapsed on a different expert, the pooled load is perfectly even, and a balance
     loss that pools the layers (transformers' `load_balancing_loss_func`) is at its best.
+    Raises ValueError for ids of another shape and for a trace with not-a-numbers.
     """
     if isinstance(trace, Tensor):
         if trace.dim() != 3 or num_experts is None:
@@ -127,6 +128,8 @@ def load_report(trace, num_experts: int | None = None) -> LoadReport:
             )
         expert_ids_LNK, layers = trace, tuple(range(len(trace)))
     else:
+        if not bool(trace.weights.isfinite().all() and trace.probabilities.isfinite().all()):
+            raise ValueError("the trace has probabilities or weights that are not numbers: the model has diverged")
         expert_ids_LNK, layers, num_experts = trace.expert_ids, tuple(trace.layers), trace.num_experts
     _, num_tokens, top_k = expert_ids_LNK.shape
     return LoadReport(layers, load_per_expert(expert_ids_LNK, num_experts), num_tokens, top_k)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import IGNORE
-from .model import LMOutput
+from .config import IGNORE, whole_number
+from .model import DecoderLM, LMOutput
 from .routing import Router, find_routers
 
 _ROWS = 16  # windows per forward pass: their logits are what needs memory
@@ -74,6 +74,8 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
     changes = []
     for layer, router in routers.items():
         num_experts = _num_experts(router)
+        if top_k is not None:
+            top_k = whole_number("top_k", top_k)
         if top_k is not None and not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
         chosen = router.holder.top_k if top_k is None else top_k
@@ -111,19 +113,35 @@ def _per_layer(name: str, experts: Experts, routers: Mapping[int, Router]) -> di
         return {}
     if not isinstance(experts, Mapping):
         experts = dict.fromkeys(routers, experts)
+    chosen = {}
     for layer, ids in experts.items():
         if layer not in routers:
             raise ValueError(f"{name} names layer {layer}, but the layers with experts are {[*routers]}")
         num_experts = _num_experts(routers[layer])
-        for expert in ids:
+        chosen[layer] = [whole_number(f"{name} of layer {layer}: expert", expert) for expert in ids]
+        for expert in chosen[layer]:
             if not 0 <= expert < num_experts:
                 raise ValueError(f"{name} names expert {expert} of layer {layer}; choose 0..{num_experts - 1}")
-    return {layer: [int(expert) for expert in ids] for layer, ids in experts.items()}
+    return chosen
 
 
 @torch.no_grad()
 def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """losses_BT: the cross-entropy of each target in nats, in eval mode; NaN where there is no target (-100)."""
+    """losses_BT: the cross-entropy of each target in nats, in eval mode; NaN where there is no target (-100).
+
+    Raises ValueError where the shapes differ, for no windows, and for ids outside the vocabulary.
+    """
+    if tokens_BT.dim() != 2 or tokens_BT.shape != targets_BT.shape or not tokens_BT.numel():
+        raise ValueError(
+            f"tokens have shape {tuple(tokens_BT.shape)}, targets {tuple(targets_BT.shape)}; give both as "
+            "(windows, tokens), at least one"
+        )
+    embedding = model.token_embedding if isinstance(model, DecoderLM) else model.get_input_embeddings()
+    vocab = embedding.num_embeddings
+    for name, ids_N in (("tokens", tokens_BT.flatten()), ("targets", targets_BT[targets_BT != IGNORE])):
+        wrong_N = ids_N[(ids_N < 0) | (ids_N >= vocab)]
+        if len(wrong_N):
+            raise ValueError(f"{name} have the id {int(wrong_N[0])}, but the model's ids are 0..{vocab - 1}")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -203,6 +221,11 @@ def knockout(model, windows_by_domain, *, layers=None, experts=None, progress: b
     experts = tuple(range(_num_experts(routers[0]))) if experts is None else tuple(experts)
     if len(windows_by_domain) < 2 or min(len(tokens_BT) for tokens_BT, _ in windows_by_domain.values()) < 2:
         raise ValueError("a knock-out compares domains: give at least 2 of them, each with at least 2 windows")
+    if not layers or not experts:
+        raise ValueError(f"layers={list(layers)} and experts={list(experts)}: nothing to knock out; name at least one")
+    for name, (_, targets_BT) in windows_by_domain.items():
+        if bool((targets_BT == IGNORE).all()):
+            raise ValueError(f"domain {name!r} has no target: all of them are {IGNORE}")
 
     def window_losses() -> Tensor:
         """Summed nats of each window, those of all domains one after the other."""

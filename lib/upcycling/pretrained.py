@@ -11,7 +11,6 @@ import contextlib
 import copy
 import html
 import math
-import operator
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from . import families, more_families
+from .config import whole_number
 from .families import Initialisation, Refusal, TargetTensor, build, configure, hub_shapes, hub_tensors
 from .receipt import Receipt, check_model, fits_grouped_mm, use_eager_if_needed, verify
 from .weight_files import WeightFiles, open_source
@@ -219,16 +219,6 @@ def _tensor_name(entry) -> str:
     return entry if isinstance(entry, str) else entry[0]
 
 
-def _whole(name: str, value) -> int:
-    """A whole number as int; ValueError for anything else, also for True and 2.0."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} is not a whole number") from None
-
-
 def _check_deviation(name: str, value) -> None:
     try:
         fits = 0 <= value < math.inf
@@ -254,8 +244,8 @@ def plan(
 
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(map(repr, INITS))}")
-    num_experts, top_k = _whole("num_experts", num_experts), _whole("top_k", top_k)
-    seed = _whole("seed", seed)
+    num_experts, top_k = whole_number("num_experts", num_experts), whole_number("top_k", top_k)
+    seed = whole_number("seed", seed)
     if num_experts > MOST_EXPERTS:
         raise ValueError(f"num_experts={num_experts} is too many; choose 1..{MOST_EXPERTS}")
     if num_experts < 1 or not 1 <= top_k <= num_experts:
@@ -267,7 +257,7 @@ def plan(
     if layers is not None:
         if isinstance(layers, str) or not isinstance(layers, Iterable):
             raise ValueError(f"layers={layers!r} is no list of layer indices")
-        layers = [_whole("layer", layer) for layer in layers]
+        layers = [whole_number("layer", layer) for layer in layers]
     config = read_config(config)
     kind = config.model_type
     source = CLASSES.get(kind, type(config).__name__)

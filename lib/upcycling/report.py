@@ -41,12 +41,15 @@ def save_report(
     tokens, in the order of the sequences, can be explored (fewer where layers x experts x tokens would exceed three
     million, and the page says so); loads and table count all.
     Probabilities and weights are rounded to thousandths. The file is replaced atomically.
-    Raises ValueError for an empty trace, one with not-a-numbers, or labels that do not fit; OSError from writing.
+    Raises ValueError for an empty trace, one with not-a-numbers, labels that do not fit, or `max_tokens` below 1;
+    OSError from writing.
     """
     if len(trace) == 0:
         raise ValueError("the trace is empty; run the model inside `with record_routing(model) as trace`")
     if labels is not None and len(labels) != len(trace):
         raise ValueError(f"{len(labels)} labels but the trace has {len(trace)} tokens; give one for each")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} leaves nothing to explore; choose at least 1")
     data = _report_data(trace, tokenizer, labels, str(title), max_tokens)
     write_text(path, _page(data))
     return Path(path)
@@ -54,15 +57,13 @@ def save_report(
 
 def _report_data(trace, tokenizer, labels, title: str, max_tokens: int) -> dict:
     """What the page shows, as JSON can hold it; the first indices of the nested lists are layer and token."""
+    report = load_report(trace)
     layers, experts, count = list(trace.layers), trace.num_experts, len(trace)
     room = max(1, min(max_tokens, _MOST_VALUES // (len(layers) * experts)))
     # decoding with a cache records its sequences a token at a time, by turns
     order_N = np.lexsort((trace.position, trace.sequence))[:room]
     shown = trace.select(torch.from_numpy(order_N))
-    if not bool(shown.probabilities.isfinite().all() and shown.weights.isfinite().all()):
-        raise ValueError("the trace has probabilities or weights that are not numbers: the model has diverged")
     ids = shown.tokens.tolist()
-    report = load_report(trace)
     data = {
         "title": title,
         "layers": layers,

@@ -155,7 +155,7 @@ def plot_layer_loads(
     sign: the mean may look balanced while one of them has collapsed. Raises ValueError where the shapes do not fit.
     """
     load_LE = np.asarray(load_LE, dtype=float)
-    if load_LE.ndim != 2 or len(load_LE) != len(layers):
+    if load_LE.ndim != 2 or len(load_LE) != len(layers) or not load_LE.size:
         raise ValueError(
             f"the loads have shape {load_LE.shape} but there are {len(layers)} layers; give (layers, experts)"
         )
@@ -254,7 +254,7 @@ def plot_coactivation(
     from matplotlib.collections import LineCollection
 
     strength_EE = np.asarray(strength_EE, dtype=float)
-    if strength_EE.ndim != 2 or strength_EE.shape[0] != strength_EE.shape[1]:
+    if strength_EE.ndim != 2 or strength_EE.shape[0] != strength_EE.shape[1] or not strength_EE.size:
         raise ValueError(f"the co-activations have shape {strength_EE.shape}; give (experts, experts)")
     experts = len(strength_EE)
     above_EE = strength_EE > _like(chance, strength_EE, "chance")
@@ -426,6 +426,8 @@ def plot_specialisation(
 def _over_training(curves, y_label, null, spread, now, y_range, title):
     import matplotlib
 
+    if not curves or not all(curves.values()):
+        raise ValueError("give at least one curve, each with at least one (update, value)")
     _, axes = new_axes(6.2, 3, margins=(0.65, 1.1, 0.5, 0.1), title=title)
     ends = []
     for i, (name, points) in enumerate(curves.items()):
@@ -468,7 +470,7 @@ def _same_length(texts, values, what):
 
 def _checked(values, names, kind, shape):
     values = np.asarray(values, dtype=float)
-    if values.ndim != 2 or len(values) != len(names):
+    if values.ndim != 2 or len(values) != len(names) or not values.size:
         wanted = shape.format(len(names))
         raise ValueError(f"the values have shape {values.shape} but there are {len(names)} {kind} names; give {wanted}")
     return values
