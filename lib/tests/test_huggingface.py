@@ -323,6 +323,8 @@ def test_other_families_weights_and_places_are_refused(tmp_path):
         from_hf(make(SMOL))
     with pytest.raises(TypeError, match="to_hf takes a DecoderLM, not a LlamaForSequenceClassification"):
         to_hf(classifier)
+    with pytest.raises(TypeError, match=r"the tokenizer is a str, .*backend_tokenizer"):
+        to_hf(make(SMOL), "tokenizer.json")
     with pytest.raises(OSError, match="no model could be read from"):
         from_hf(tmp_path / "nothing")
     save_hf(make(SMOL), tmp_path / "pickled")

@@ -284,6 +284,11 @@ def _settings(config: ModelConfig, kind: str) -> dict:
 def _special_tokens(tokenizer: Tokenizer | None, vocab_size: int) -> dict:
     if tokenizer is None:
         return dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"the tokenizer is a {type(tokenizer).__name__}, not one of the tokenizers library; of one of transformers "
+            "give its backend_tokenizer"
+        )
     if tokenizer.get_vocab_size() > vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model only {vocab_size}; "
