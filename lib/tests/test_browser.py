@@ -418,13 +418,14 @@ def test_reaction_times(page, capsys):
         )
         playwright.expect(cell.tokens.nth(80)).to_be_visible()
     steps = itertools.cycle(["ArrowUp", "ArrowDown"])
-    places, keys = iter(range(60, 80)), itertools.cycle(["ArrowLeft", "ArrowRight"])
+    places = iter(range(60, 80))
+    moments, tokens = itertools.cycle(["ArrowRight", "ArrowLeft"]), itertools.cycle(["ArrowRight", "ArrowLeft"])
     actions = {
         "explorer, key": (explorer, lambda: explorer.press("ArrowRight")),
         "explorer, click": (explorer, lambda: explorer.tokens.nth(next(places)).click()),
-        "playback, key": (playback, lambda: playback.press(next(keys))),
+        "playback, key": (playback, lambda: playback.press(next(moments))),
         "what-if, key": (what_if, lambda: what_if.press(next(steps), "input[type=number]")),
-        "comparison, key": (compare, lambda: compare.press(next(keys))),
+        "comparison, key": (compare, lambda: compare.press(next(tokens))),
     }
     for name, (cell, action) in actions.items():
         times = []
