@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 from upcycling import __main__ as cli  # noqa: E402
@@ -117,6 +118,18 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(dense, tmp_path, run, monke
     (["{dense}", "{out}", "--experts", "many"], 2, "invalid int value"),
     (["{dense}", "{out}", "--layers", "some"], 2, "0,2,4"),
     (["{dense}", "{out}", "--max-shard-size", "0"], 2, "above 0"),
+    (["{dense}", "{out}", "--max-shard-size", "inf"], 2, "no finite number"),
+    (["{dense}", "{out}", "--max-shard-size", "1e300"], 2, "no size in GB"),
+    (["{dense}", "{out}", "--max-shard-size", "abc"], 2, "no finite number"),
+    (["{dense}", "{out}", "--router-std", "nan"], 2, "no finite number"),
+    (["{dense}", "{out}", "--init", "noise", "--noise", "inf"], 2, "no finite number"),
+    (["{dense}", "{out}", "--layers", "0-1-2"], 2, "0,2,4-7"),
+    (["{dense}", "{out}", "--layers", "3-1"], 2, "0,2,4-7"),
+    (["{dense}", "{out}", "--layers", "0-99999999999999"], 2, "0,2,4-7"),
+    (["{dense}", "{out}", "--experts", "1000000000"], 1, "more than 4096"),
+    (["", "{out}"], 1, "name is empty"),
+    (["{dense}", ""], 1, "no name for a new folder"),
+    (["inspect", "{dense}", "--text", ""], 1, "text to route is empty"),
     (["inspect"], 2, "FOLDER"),
     (["inspect", "{dense}", "--ids", "a,b"], 2, "5,17,3"),
     (["{dense}", "{out}", "--top-k", "9"], 1, "choose 1..8"),
@@ -199,10 +212,43 @@ def test_inspect_says_when_a_model_is_too_large_to_load(moe, run, monkeypatch):
 
 def test_inspect_without_or_with_a_damaged_receipt(moe, tmp_path, run):
     shutil.copytree(moe, tmp_path / "moe")
-    (tmp_path / "moe/upcycling_receipt.json").write_text("{")
-    assert "cannot be read" in run("inspect", tmp_path / "moe")[1]
+    for damaged in ("{", "[]", "null", '{"verified": true}', "[" * 50_000):
+        (tmp_path / "moe/upcycling_receipt.json").write_text(damaged)
+        assert "cannot be read" in run("inspect", tmp_path / "moe")[1]
     (tmp_path / "moe/upcycling_receipt.json").unlink()
     assert "none: the folder was not made" in run("inspect", tmp_path / "moe")[1]
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda tensors, config: tensors.pop("model.layers.2.mlp.gate.weight"), "layers.2.mlp.gate.weight is missing"),
+    (lambda tensors, config: tensors.update(extra=torch.zeros(1)), "extra is unexpected"),
+    (lambda tensors, config: config.update(num_experts=3, num_local_experts=3), "is mismatched"),
+    (lambda tensors, config: config.update(num_experts_per_tok=9), "the top 9 of 4 experts"),
+    (lambda tensors, config: config.update(num_attention_heads=0), "moe"),
+])  # fmt: skip
+def test_inspect_does_not_judge_routers_that_are_not_there(spoil, message, moe, tmp_path, run):
+    folder = tmp_path / "moe"
+    shutil.copytree(moe, folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    spoil(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    status, out, err = run("inspect", folder, "--ids", ",".join(["1,2,3"] * 30))
+    assert status == 1 and message in err and err.count("\n") == 1
+    assert "effective" not in out
+
+
+def test_inspect_prints_no_control_characters_of_others(moe, tmp_path, run):
+    shutil.copytree(moe, tmp_path / "moe")
+    (tmp_path / "moe/upcycling_receipt.json").write_text(
+        json.dumps({"verified": False, "base_model": "\x1b[2J\nreceipt     faked"})
+    )
+    status, out, _ = run("inspect", tmp_path / "moe")
+    assert status == 0 and r"made from \u{1B}[2J\u{A}receipt     faked" in out
+    tensors = {"\x1b[2Jevil": torch.zeros(1), **load_file(moe / "model.safetensors")}
+    save_file(tensors, tmp_path / "moe/model.safetensors", metadata={"format": "pt"})
+    status, _, err = run("inspect", tmp_path / "moe", "--ids", "1,2,3")
+    assert status == 1 and r"\u{1B}[2Jevil is unexpected" in err
 
 
 @needs_stories

@@ -440,6 +440,71 @@ def test_folders_in_the_way_are_refused(llama, tmp_path):
     assert loads(out)
 
 
+def test_places_that_cannot_become_a_folder_are_refused_before_anything_is_written(llama, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a.partial").symlink_to(tmp_path)
+    (tmp_path / "b.partial").write_text("x")
+    for out, message in [
+        ("", "no name"), (tmp_path / "new" / "..", "no name"), (tmp_path / "a\nb", r"a\\u\{A\}b\" is no name"),
+        (tmp_path / "file" / "moe", "is a file"), (tmp_path / "link", "symbolic link"),
+        (tmp_path / "a", r"a\.partial is a symbolic link"), (tmp_path / "b", r"b\.partial is in the way"),
+    ]:  # fmt: skip
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            prepare(llama, out, E, 2)
+
+
+def test_only_files_of_a_conversion_are_deleted(llama, tmp_path):
+    """A folder with another run's manifest and files of its own and of somebody else."""
+    partial = tmp_path / "moe.partial"
+    (partial / "additional_chat_templates").mkdir(parents=True)
+    for name in ("model-00001-of-00009.safetensors", "tokenizer.json.tmp", "additional_chat_templates/a.jinja"):
+        (partial / name).write_text("x")
+    for manifest in ("[1]", "null", "{}", '{"settings": {}, "shards": []}', "[" * 50_000):
+        (partial / "conversion.json").write_text(manifest)
+        with pytest.raises(FileExistsError, match="partial is in the way"):
+            quick(llama, tmp_path / "moe")
+    (partial / "conversion.json").write_text('{"settings": {}, "shards": {}}')
+    for foreign in ("notes.txt", "sub/tokenizer.json", "additional_chat_templates/sub/a.jinja"):
+        (partial / foreign).parent.mkdir(exist_ok=True)
+        (partial / foreign).write_text("precious")
+        with pytest.raises(FileExistsError, match="is in the way"):
+            quick(llama, tmp_path / "moe")
+        (partial / foreign).unlink()
+        if (partial / foreign).parent not in (partial, partial / "additional_chat_templates"):
+            (partial / foreign).parent.rmdir()
+    quick(llama, tmp_path / "moe")
+    quick(llama, tmp_path / "straight")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+    assert not (tmp_path / "moe/additional_chat_templates").exists()
+
+
+def test_two_conversions_do_not_write_one_folder(llama, tmp_path, monkeypatch):
+    first, second = (prepare(llama, tmp_path / "moe", E, 2, seed=seed) for seed in (0, 1))
+    write, tried = conversion._write_companions, []
+
+    def meanwhile(job):
+        with pytest.raises(FileExistsError, match=r"another conversion is writing .*moe"):
+            second.run(verify=False, progress=False)
+        tried.append(job)
+        write(job)
+
+    monkeypatch.setattr(conversion, "_write_companions", meanwhile)
+    first.run(verify=False, progress=False)
+    assert tried == [first]
+    with pytest.raises(FileExistsError, match="not empty"):  # it was prepared while there was none
+        second.run(verify=False, progress=False)
+    assert json.loads((tmp_path / "moe/upcycling_receipt.json").read_text())["conversion"]["seed"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_a_folder_name_cannot_write_the_cards_front_matter(llama, tmp_path):
+    source = tmp_path / "a\n---\nlicense: evil"
+    shutil.copytree(llama, source)
+    quick(source, tmp_path / "moe")
+    assert "\nlicense: evil" not in (tmp_path / "moe/README.md").read_text()
+
+
 def test_sources_that_cannot_be_read_say_why(llama, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         quick(tmp_path / "nowhere", tmp_path / "moe")
@@ -476,6 +541,78 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             quick(source, tmp_path / "moe")
     assert not (tmp_path / "moe.partial").exists()
+
+
+def test_tied_twins_that_differ_are_refused_and_equal_ones_are_not(tmp_path):
+    source = saved(tmp_path, "tied", max_shard_size="1GB")
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for twin in (embedding + 1, embedding.double()):
+        save_file({**tensors, "lm_head.weight": twin}, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"lm_head\.weight is not model\.embed_tokens.*set tie_word_embeddings"):
+            quick(source, tmp_path / "moe")
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, source / "model.safetensors", {"format": "pt"})
+    quick(source, tmp_path / "moe")
+    assert "lm_head.weight" not in WeightFiles(tmp_path / "moe").names
+
+
+def test_integer_weights_are_refused_by_name(tmp_path):
+    source = saved(tmp_path, max_shard_size="1GB")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has type int8"):
+        quick(source, tmp_path / "moe")
+
+
+def test_results_that_are_not_finite_are_refused_with_noise_too(llama, tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        convert(llama, tmp_path / "moe", E, 2, init="noise", noise=1e39, progress=False)
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("file,text,message", [
+    ("config.json", {"num_attention_heads": 0}, "dense"), ("config.json", {"dtype": "float3"}, "dense"),
+    ("config.json", {"hidden_size": "32"}, "hidden_size"), ("config.json", {"model_type": ["llama"]}, "model_type"),
+    ("config.json", "[" * 50_000, "config.json"), ("config.json", "null", "config.json"),
+    ("generation_config.json", "{", "generation_config.json"),
+    ("generation_config.json", '{"cache_implementation": "zzz"}', "generation_config.json"),
+    ("tokenizer.json", "{", "tokenizer.json"), ("tokenizer.json", "{}", "tokenizer.json"),
+    ("model.safetensors.index.json", "[]", "index.json is not a JSON object"),
+    ("model.safetensors.index.json", {"metadata": None}, "index.json needs .* metadata"),
+    ("model.safetensors.index.json", {"weight_map": {"a": 5}}, "index.json names 5"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "../b"}}, r"index.json names '\.\./b'"),
+])  # fmt: skip
+def test_a_broken_file_is_named_before_anything_is_written(file, text, message, llama, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(llama, source)
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads((source / file).read_text()), **text})
+    (source / file).write_text(text)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        prepare(source, tmp_path / "moe", E, 2)
+    assert str(source) in str(caught.value)
+
+
+@pytest.mark.parametrize("file,change", [
+    ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}),
+    ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+])  # fmt: skip
+def test_code_of_the_model_is_never_run_nor_asked_about(file, change, llama, tmp_path, monkeypatch):
+    source = tmp_path / "dense"
+    shutil.copytree(llama, source)
+    values = json.loads((source / file).read_text()) if (source / file).exists() else {}
+    (source / file).write_text(json.dumps({**values, **change}))
+    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match=r"auto_map.*not run here"):
+        convert(source, tmp_path / "moe", E, 2, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_too_many_experts_are_refused_at_once(llama, tmp_path):
+    with pytest.raises(ValueError, match="more than 4096"):
+        prepare(llama, tmp_path / "moe", 10**9, 2)
 
 
 def test_a_family_without_a_stock_class_is_refused_with_the_reason(tmp_path):

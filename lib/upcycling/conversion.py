@@ -338,7 +338,9 @@ def _partial(out: Path) -> Path:
 def _check_place(out: Path) -> None:
     """Raises ValueError or FileExistsError when nothing can be written to `out`, or something would be lost."""
     if out.name in ("", "..") or not str(out).isprintable():
-        raise ValueError(f"{on_one_line(out)!r} is no name for a new folder; give one that can be printed")
+        raise ValueError(
+            f'"{on_one_line(out)}" is no name for a new folder; give one, in characters that can be printed'
+        )
     partial, lock = _partial(out), Path(f"{_partial(out)}.lock")
     for path in (out, partial, lock):
         if path.is_symlink():

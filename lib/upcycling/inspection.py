@@ -106,7 +106,7 @@ def _empty_model(config):
     import transformers
 
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _experts(config, files: WeightFiles) -> int:

@@ -110,9 +110,11 @@ def naming(path, understood: tuple[type, ...] = (OSError, ValueError)):
     """Turn whatever a library raises about `path`, but for what is `understood`, into a ValueError that names it."""
     try:
         yield
-    except understood:
-        raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{path} needs code of its own (auto_map), which is not run here") from error
+        if isinstance(error, understood):
+            raise
         raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
 
