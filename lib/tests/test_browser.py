@@ -417,6 +417,9 @@ def test_reaction_times(page, capsys):
             "the cat sat on a small mat and saw one old bird sing while rain fell over the quiet house " * 5
         )
         playwright.expect(cell.tokens.nth(80)).to_be_visible()
+    for cell in (explorer, playback, compare):
+        cell.press("Home")  # wherever an earlier test left it
+    page.wait_for_timeout(1000)
     steps = itertools.cycle(["ArrowUp", "ArrowDown"])
     places = iter(range(60, 80))
     moments, tokens = itertools.cycle(["ArrowRight", "ArrowLeft"]), itertools.cycle(["ArrowRight", "ArrowLeft"])
