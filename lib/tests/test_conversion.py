@@ -223,6 +223,7 @@ def killed(function, **patches):
     """Run `function` in a process that is killed with signal 9 where the patches say so; True if it was."""
     process = os.fork()
     if process == 0:
+        torch.set_num_threads(1)  # a fork has none of the threads that torch would wait for
         try:
             for name, value in patches.items():
                 setattr(conversion, name, value)
