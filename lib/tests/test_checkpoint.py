@@ -210,7 +210,7 @@ def test_the_model_of_a_training_checkpoint_loads(tmp_path):
 
 def rewrite(path, change):
     """Let `change` edit the tensors and the decoded header of a checkpoint."""
-    tensors, header = checkpoint._read(path)
+    tensors, header = checkpoint.read_tensors(path)
     change(tensors, header)
     save_file(tensors, path, metadata={"upcycling": json.dumps(header)})
 

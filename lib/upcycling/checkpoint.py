@@ -30,7 +30,9 @@ _MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 def save_model(model, path, **header) -> None:
     """Write weights and configuration to `path`, atomically; `header` adds entries to its JSON. Raises OSError."""
-    _write(path, {f"model.{name}": tensor for name, tensor in _unique(model).items()}, _model_header(model) | header)
+    write_tensors(
+        path, {f"model.{name}": tensor for name, tensor in _unique(model).items()}, _model_header(model) | header
+    )
 
 
 def load_model(path):
@@ -42,7 +44,7 @@ def load_model(path):
     from upcycling.config import ModelConfig
     from upcycling.model import DecoderLM
 
-    tensors, header = _read(path)
+    tensors, header = read_tensors(path)
     weights = _part(tensors, "model.")
     try:
         config = ModelConfig.from_dict(header["model_config"])
@@ -78,7 +80,7 @@ def save_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setu
         "scaler": scaler.state_dict() if scaler is not None else None,
         "tensors": sorted(tensors),
     }
-    _write(path, tensors, header)
+    write_tensors(path, tensors, header)
 
 
 def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup, names) -> tuple[dict, dict]:
@@ -87,7 +89,7 @@ def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setu
     `rng` and `setup` are those of the present run, `names` those of what `standing` must hold. Raises ValueError when
     the file is damaged or was made with another setup, naming each field that differs.
     """
-    tensors, header = _read(path)
+    tensors, header = read_tensors(path)
     try:
         _check_setup(header["setup"], json.loads(json.dumps(setup)))
         weights, states, standing = _part(tensors, "model."), _part(tensors, "rng."), header["standing"]
@@ -123,7 +125,8 @@ def write_text(path, text: str) -> None:
     _replace(path, write)
 
 
-def _write(path, tensors: dict, header: dict) -> None:
+def write_tensors(path, tensors: dict, header: dict) -> None:
+    """Replace a safetensors file atomically; `header` (JSON) lies in its metadata. Raises OSError with the remedy."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", "upcycling": json.dumps(header, allow_nan=False)}
     _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -153,7 +156,7 @@ def _replace(path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path) -> tuple[dict, dict]:
+def read_tensors(path) -> tuple[dict, dict]:
     """Return (tensors, header) of a file, tensors copied to memory of their own (a mapped file has any alignment)."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}: train first, or give the path of a .safetensors file")

@@ -46,10 +46,15 @@ def printable(text: str, limit: int = 24) -> str:
 
 @lru_cache(maxsize=4096)
 def _shown(character: str) -> str:
-    if character in "\n\r\t":
-        return {"\n": "↵", "\r": "↤", "\t": "⇥"}[character]
+    seen = visible_character(character)
+    return seen if seen != character or _font().get_char_index(ord(character)) else f"\\u{{{ord(character):X}}}"
+
+
+def visible_character(character: str) -> str:
+    r"""Line breaks and tabs as ↵, ↤ and ⇥, other characters that cannot be seen as \u{0}, the rest as it is."""
     invisible = unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-    return f"\\u{{{ord(character):X}}}" if invisible or not _font().get_char_index(ord(character)) else character
+    escape = f"\\u{{{ord(character):X}}}" if invisible else character
+    return {"\n": "↵", "\r": "↤", "\t": "⇥"}.get(character, escape)
 
 
 @lru_cache(maxsize=1)

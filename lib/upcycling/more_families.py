@@ -22,6 +22,7 @@ from .families import (
     MIXTRAL,
     MLP,
     MLP_EXPERTS,
+    OWN_CODE,
     W_DOWN,
     W_GATE,
     W_UP,
@@ -457,7 +458,6 @@ def smollm3(fields: Fields) -> Target:
 
 # ------------------------------------------------------------------------------------------------------------ refusals
 
-OWN_CODE = "a modelling file of your own, loaded with trust_remote_code"
 _TEXT_PART = (
     "take its text part: load the folder with AutoModelForCausalLM, save_pretrained() it to a new folder, and give that"
 )

@@ -11,13 +11,12 @@ import html
 import io
 import textwrap
 import threading
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ipywidgets as W
 
-from .drawing import expert_colour, ink, png, printable, strip_figure
+from .drawing import expert_colour, ink, png, printable, strip_figure, visible_character
 
 
 @dataclass(frozen=True)
@@ -255,9 +254,7 @@ def card_sizes(probabilities: Sequence[float]) -> str:
 
 def visible(text: str) -> str:
     r"""`text` so that a browser shows all of it: line breaks as ↵, invisible characters as \u{0}, spaces alone as ␣."""
-    marks = {"\n": "↵", "\r": "↤", "\t": "⇥"}
-    hidden = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-    shown = "".join(marks.get(c) or (f"\\u{{{ord(c):X}}}" if unicodedata.category(c) in hidden else c) for c in text)
+    shown = "".join(map(visible_character, text))
     return shown if shown.strip() else "␣" * len(shown)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import FORMAT, _read, _write
+from .checkpoint import FORMAT, read_tensors, write_tensors
 
 
 class RoutingSnapshots:
@@ -51,7 +51,7 @@ class RoutingSnapshots:
     @classmethod
     def load(cls, path) -> RoutingSnapshots:
         """The snapshots in a file. Raises FileNotFoundError, and ValueError for a file that is not one of these."""
-        tensors, header = _read(path)
+        tensors, header = read_tensors(path)
         try:
             loaded = cls(tensors.pop("probe_BT"), labels=header["labels"], every=header["every"])
             loaded.layers = tuple(header["layers"])
@@ -85,7 +85,7 @@ class RoutingSnapshots:
         self._kept, self.layers = new, model.config.moe_layers
         if self.path is not None:
             header = {"format": FORMAT, "layers": self.layers, "labels": self.window_labels, "every": self.every}
-            _write(self.path, self._kept | {"probe_BT": self.probe_BT}, header)
+            write_tensors(self.path, self._kept | {"probe_BT": self.probe_BT}, header)
 
     def trace(self, index: int):
         """Snapshot number `index` as a RoutingTrace; its logits are log probabilities, right but for a shift."""

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import _write
+from .checkpoint import write_tensors
 
 # Field -> dtype. The first four are (L, N, ...), the others (N,).
 PER_LAYER = {
@@ -186,7 +186,7 @@ class RoutingTrace:
 
     def save(self, path) -> None:
         """Write one safetensors file, atomically. Raises ValueError for an empty trace, OSError for a full disk."""
-        _write(path, {name: getattr(self, name) for name in FIELDS}, {"routing_trace": 1, "layers": self.layers})
+        write_tensors(path, {name: getattr(self, name) for name in FIELDS}, {"routing_trace": 1, "layers": self.layers})
 
     @classmethod
     def load(cls, path) -> RoutingTrace:
