@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "rope", "none")
@@ -14,6 +15,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "swiglu")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "cosine", "onecycle", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
+BALANCES = ("layer", "pooled", "sequence", "importance")
 IGNORE = -100  # the target that no loss counts: padding (torch's cross_entropy skips it by default)
 
 
@@ -54,6 +56,16 @@ class MoEConfig:
     router's logits, in training only. `layers` lists the layers (0-based) that become MoE; None means all of them.
     `router_std` is the standard deviation of the router's initial weights (0 gives the zero router, a lesson in
     itself). `aux_weight` and `z_weight` multiply the sums over layers of the balance and z losses in the objective.
+
+    `router` is the rule that turns scores into choices, one of `upcycling.routers` (an instance, or its name for the
+    defaults); None is softmax, then the `top_k` most probable. `balance` says which balance loss `aux_weight` weighs:
+    "layer" (each layer's own), "pooled" (all layers' choices counted together, as transformers does), "sequence" (each
+    sequence's own) or "importance" (the squared coefficient of variation of the experts' total weights).
+    `shared_experts` more experts are used by every token. `expert_d_ff` is an expert's width, by default the dense
+    FFN's. With a `capacity_factor` c an expert takes no more than c * tokens * top_k / num_experts choices; those that
+    come later in the batch are dropped. In training only: `expert_dropout` is the probability that an expert cannot be
+    chosen in an update, `router_jitter` j multiplies the router's inputs by uniform numbers from 1-j to 1+j. With a
+    `logit_norm` the router's scores are standardised over the experts and multiplied by it.
     """
 
     num_experts: int = 8
@@ -65,10 +77,33 @@ class MoEConfig:
     router_std: float = 0.02
     aux_weight: float = 0.01
     z_weight: float = 0.0
+    router: Any = None
+    balance: str = "layer"
+    shared_experts: int = 0
+    expert_d_ff: int | None = None
+    capacity_factor: float | None = None
+    expert_dropout: float = 0.0
+    router_jitter: float = 0.0
+    logit_norm: float | None = None
 
     def __post_init__(self):
         _at_least(1, num_experts=self.num_experts)
         _at_least(0, router_std=self.router_std, aux_weight=self.aux_weight, z_weight=self.z_weight)
+        _at_least(0, shared_experts=self.shared_experts)
+        _one_of("balance", self.balance, BALANCES)
+        if self.expert_d_ff is not None:
+            _at_least(1, expert_d_ff=self.expert_d_ff)
+        for name in ("capacity_factor", "logit_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} is not a positive number; choose one, or None to leave it out")
+        for name in ("expert_dropout", "router_jitter"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is outside 0 <= {name} < 1")
+        if self.router is not None:
+            from .routers import as_router
+
+            object.__setattr__(self, "router", as_router(self.router))
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} but there are {self.num_experts} experts; choose 1..{self.num_experts}"
@@ -150,6 +185,16 @@ class ModelConfig:
             return ()
         return tuple(range(self.n_layers)) if self.moe.layers is None else self.moe.layers
 
+    @property
+    def expert_width(self) -> int:
+        """Hidden units of one expert."""
+        return (self.moe and self.moe.expert_d_ff) or self.d_ff
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden units of all shared experts of a layer together."""
+        return self.moe.shared_experts * self.expert_width if self.moe else 0
+
     @classmethod
     def simple(cls, **sizes) -> ModelConfig:
         """GPT-2's shape: LayerNorm, two-matrix GELU FFN, biases, learned positions, tied head."""
@@ -208,7 +253,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters of `config`'s model from its sizes alone; `DecoderLM(config)` has exactly as many."""
     d, f, kv = config.d_model, config.d_ff, config.kv_heads * config.head_dim
     up_matrices = 2 if config.activation == "swiglu" else 1
-    expert = up_matrices * _linear(d, f, config.ffn_bias) + _linear(f, d, config.ffn_bias)
+
+    def ffn_size(width: int) -> int:
+        return up_matrices * _linear(d, width, config.ffn_bias) + _linear(width, d, config.ffn_bias)
+
+    ffn = ffn_size(f)
     attention = _linear(d, d + 2 * kv, config.qkv_bias) + _linear(d, d, config.attention_out_bias)
     norm = d if config.norm == "rmsnorm" else 2 * d
     token_table = config.vocab_size * d
@@ -218,13 +267,14 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     trunk += config.n_layers * (attention + 2 * norm)
 
     n_moe = len(config.moe_layers)
-    ffns = (config.n_layers - n_moe) * expert
-    total = active = trunk + ffns
-    router = 0
+    total = active = trunk + (config.n_layers - n_moe) * ffn
+    expert, router = ffn, 0
     if config.moe:
+        expert = ffn_size(config.expert_width)
         router = _linear(d, config.moe.num_experts, config.moe.router_bias) * (2 if config.moe.noisy else 1)
-        total += n_moe * (config.moe.num_experts * expert + router)
-        active += n_moe * (config.moe.top_k * expert + router)
+        shared = ffn_size(config.shared_width) if config.moe.shared_experts else 0
+        total += n_moe * (config.moe.num_experts * expert + shared + router)
+        active += n_moe * (config.moe.top_k * expert + shared + router)
     looked_up = position_table + (0 if config.tie_embeddings else token_table)
     return ParameterCount(total, active, active - looked_up, expert, router, head)
 
@@ -232,18 +282,19 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def forward_flops(config: ModelConfig, tokens: int | None = None, head: bool = True) -> int:
     """Floating-point operations of one forward pass over a sequence of `tokens` (default: the whole context).
 
-    Matrix products only, two operations for each multiply-add; attention counts all T x T scores, as the usual
-    counters do, although a causal kernel may skip half. A training step costs three times this: the backward pass
-    has two products for each one of the forward pass.
+    Matrix products only, two operations for each multiply-add; `top_k` experts a token, whatever the routing rule;
+    attention counts all T x T scores, as the usual counters do, although a causal kernel may skip half. A training
+    step costs three times this: the backward pass has two products for each one of the forward pass.
     """
     t = config.seq_len if tokens is None else tokens
     d, f, kv = config.d_model, config.d_ff, config.kv_heads * config.head_dim
-    ffn = (3 if config.activation == "swiglu" else 2) * d * f
+    per_unit = (3 if config.activation == "swiglu" else 2) * d
     per_token = config.n_layers * (d * (d + 2 * kv) + d * d)
-    per_token += (config.n_layers - len(config.moe_layers)) * ffn
+    per_token += (config.n_layers - len(config.moe_layers)) * per_unit * f
     if config.moe:
         routers = 2 if config.moe.noisy else 1
-        per_token += len(config.moe_layers) * (config.moe.top_k * ffn + routers * d * config.moe.num_experts)
+        units = config.moe.top_k * config.expert_width + config.shared_width
+        per_token += len(config.moe_layers) * (per_unit * units + routers * d * config.moe.num_experts)
     if head:
         per_token += d * config.vocab_size
     attention = config.n_layers * 2 * t * t * d

@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import IGNORE, ModelConfig, count_parameters
-from .moe import Experts, MoELayer, Routing, activate, aux_loss, z_loss
+from .moe import (
+    Experts,
+    MoELayer,
+    Routing,
+    activate,
+    aux_loss,
+    expert_counts,
+    importance_loss,
+    load_loss,
+    pooled_aux_loss,
+    sequence_aux_loss,
+    z_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -142,11 +154,15 @@ class Block(nn.Module):
         self.ffn = MoELayer(config) if layer in config.moe_layers else FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, rotary, cache: KVCache | None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTD: Tensor, rotary, cache: KVCache | None, tokens_BT: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, self.layer))
-        y_BTD, routing = self.ffn(self.ffn_norm(x_BTD)), None
+        routing = None
         if isinstance(self.ffn, MoELayer):
-            y_BTD, routing = y_BTD
+            y_BTD, routing = self.ffn(self.ffn_norm(x_BTD), tokens_BT)
+        else:
+            y_BTD = self.ffn(self.ffn_norm(x_BTD))
         return x_BTD + self.dropout(y_BTD), routing
 
 
@@ -207,9 +223,9 @@ class DecoderLM(nn.Module):
         routings = []
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x_BTD, routing = checkpoint(block, x_BTD, rotary, cache, use_reentrant=False)
+                x_BTD, routing = checkpoint(block, x_BTD, rotary, cache, tokens_BT, use_reentrant=False)
             else:
-                x_BTD, routing = block(x_BTD, rotary, cache)
+                x_BTD, routing = block(x_BTD, rotary, cache, tokens_BT)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -223,13 +239,43 @@ class DecoderLM(nn.Module):
         return LMOutput(logits_BTV, loss, routings)
 
     def objective(self, output: LMOutput) -> Tensor:
-        """What training minimises: the loss plus, for an MoE, the weighted sums over layers of balance and z loss."""
+        """What training minimises: the loss plus, for an MoE, the weighted sums over layers of balance and z loss.
+
+        Which balance loss that is, `MoEConfig.balance` says; "pooled" counts once for each layer, so that a weight
+        means the same strength as with "layer". Rules that ask for a penalty of their own add it.
+        """
         moe, total = self.config.moe, output.loss
         if moe is not None and moe.aux_weight:
-            total = total + moe.aux_weight * output.aux_losses_L.sum()
+            total = total + moe.aux_weight * self._balance(output)
         if moe is not None and moe.z_weight:
             total = total + moe.z_weight * output.z_losses_L.sum()
+        for routing in output.routings:
+            if routing.penalty is not None:
+                total = total + routing.penalty
         return total
+
+    def _balance(self, output: LMOutput) -> Tensor:
+        routings, balance = output.routings, self.config.moe.balance
+        if balance == "layer":
+            return output.aux_losses_L.sum()
+        if balance == "pooled":
+            return len(routings) * pooled_aux_loss(routings)
+        if balance == "sequence":
+            return sum(sequence_aux_loss(routing, len(output.logits_BTV)) for routing in routings)
+        noisy = [routing for routing in routings if routing.noise_std_NE is not None]
+        return sum(map(importance_loss, routings)) + sum(map(load_loss, noisy))
+
+    def choices(self, output: LMOutput) -> Tensor | None:
+        """counts_LE, the choices that fell on each expert, where a routing rule wants to know them; else None."""
+        moe = self.config.moe
+        if moe is None or moe.router is None or not moe.router.moves:
+            return None
+        return torch.stack([expert_counts(routing) for routing in output.routings])
+
+    def after_update(self, counts_LE: Tensor, tokens: int) -> None:
+        """Let each layer's routing rule move what it remembers, after an optimizer update over `tokens` tokens."""
+        for layer, counts_E in zip(self.config.moe_layers, counts_LE, strict=True):
+            self.blocks[layer].ffn.after_update(counts_E, tokens)
 
     def num_parameters(self, active: bool = False) -> int:
         """Parameters in all, or those that one token uses (definitions: `upcycling.config.ParameterCount`)."""

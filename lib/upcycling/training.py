@@ -20,6 +20,7 @@ import torch
 
 from upcycling.checkpoint import load_checkpoint, save_checkpoint, save_model, write_text
 from upcycling.config import IGNORE
+from upcycling.model import DecoderLM
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def train(
     validation_stream,
     config,
     *,
+    seq_len=None,
     directory=None,
     resume=True,
     progress=True,
@@ -46,7 +48,7 @@ def train(
 ) -> TrainResult:
     """Train `model` in place for `config.steps` optimizer updates and leave it in eval mode, on the device it came on.
 
-    An update takes batch_size x accumulation x processes windows of `model.config.seq_len` tokens and minimises
+    An update takes batch_size x accumulation x processes windows of `seq_len` tokens (default: the context) and minimises
     `model.objective(out)`; what is reported as loss is the cross-entropy alone, in nats per target.
 
     - optimizer: adamw (torch's, fused) or adafactor (torch's: it factors the last two dimensions, so each expert of a
@@ -78,7 +80,7 @@ def train(
     try:
         with _private_random_numbers(accelerator.device):
             torch.manual_seed(config.seed + accelerator.process_index)  # each process has its own dropout
-            run = _Run(accelerator, model, train_stream, validation_stream, config, directory, resume)
+            run = _Run(accelerator, model, train_stream, validation_stream, config, seq_len, directory, resume)
             return run.fit(progress, callbacks, verbose)
     finally:
         for tracker in accelerator.trackers:  # not end_training(), which would end the caller's process group, too
@@ -115,8 +117,9 @@ def evaluate(model, stream, *, batch_size=32, seq_len=None, accelerator=None) ->
 class _Run:
     """One call of `train`: the wrapped model, its optimizer and schedule, and where the run stands."""
 
-    def __init__(self, accelerator, model, train_stream, validation_stream, config, directory, resume):
+    def __init__(self, accelerator, model, train_stream, validation_stream, config, seq_len, directory, resume):
         self.accelerator, self.model, self.config = accelerator, model, config
+        self.seq_len = seq_len or model.config.seq_len
         self.train_stream, self.validation_stream = train_stream, validation_stream
         self.directory = None if directory is None else Path(directory)
         model.to(accelerator.device)
@@ -124,9 +127,7 @@ class _Run:
         self.scheduler = _scheduler(self.optimizer, config)
         # Accelerate's scheduler wrapper would advance once per process; ours advances once per update.
         self.wrapped, self.stepper = accelerator.prepare(model, self.optimizer)
-        self.tokens_per_update = (
-            accelerator.num_processes * config.accumulation * config.batch_size * model.config.seq_len
-        )
+        self.tokens_per_update = accelerator.num_processes * config.accumulation * config.batch_size * self.seq_len
         self.step, self.tokens, self.history = 0, 0, []
         self.seconds = self.cpu_seconds = 0.0
         self.last_loss, self.val_loss, self.best_loss, self.saved_step = None, None, None, None
@@ -168,9 +169,9 @@ class _Run:
         accelerator, config, device = self.accelerator, self.config, self.accelerator.device
         rank, processes, rows = accelerator.process_index, accelerator.num_processes, config.batch_size
         tokens_BT, targets_BT = self.train_stream.random_windows(
-            processes * config.accumulation * rows, self.model.config.seq_len, seed=config.seed, step=self.step
+            processes * config.accumulation * rows, self.seq_len, seed=config.seed, step=self.step
         )
-        sums = torch.zeros(3, device=device)
+        sums, counts = torch.zeros(3, device=device), []
         for micro in range(config.accumulation):
             mine = slice((micro * processes + rank) * rows, (micro * processes + rank + 1) * rows)
             with accelerator.accumulate(self.wrapped):
@@ -180,6 +181,8 @@ class _Run:
             with torch.no_grad():
                 aux = out.aux_losses_L.mean() if out.routings else torch.zeros_like(out.loss)
                 sums += torch.stack([out.loss, objective, aux]).float()
+                if isinstance(self.model, DecoderLM) and (counts_LE := self.model.choices(out)) is not None:
+                    counts.append(counts_LE)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         means = accelerator.reduce(sums / config.accumulation, reduction="mean").tolist()
         stats = dict(zip(("loss", "objective", "aux_loss"), means)) | {"grad_norm": norm.item()}
@@ -188,6 +191,8 @@ class _Run:
         if not math.isfinite(stats["grad_norm"]):
             stats["grad_norm"] = None  # fp16 overflowed: the scaler skips this update
         self.stepper.step()
+        if counts:  # a routing rule that moves towards balance, by what all processes saw
+            self.model.after_update(accelerator.reduce(sum(counts), reduction="sum"), self.tokens_per_update)
         self.scheduler.step()
         self.stepper.zero_grad()
         self.step += 1
@@ -263,8 +268,9 @@ class _Run:
         improved = False
         if evaluated:
             row["val_loss"] = self.val_loss = evaluate(
-                self.model, self.validation_stream, batch_size=config.eval_batch_size, accelerator=accelerator
-            )
+                self.model, self.validation_stream, batch_size=config.eval_batch_size, seq_len=self.seq_len,
+                accelerator=accelerator,
+            )  # fmt: skip
             if not math.isfinite(self.val_loss):
                 self._diverged("the validation loss", self.val_loss, self.step, row["learning_rate"] or math.nan)
             improved = self.best_loss is None or self.val_loss < self.best_loss
@@ -344,6 +350,8 @@ class _Run:
         """What a run that goes on from our checkpoint must share with us."""
         data = {"train_stream": self.train_stream.key, "validation_stream": self.validation_stream.key}
         data["processes"] = self.accelerator.num_processes
+        if self.seq_len != self.model.config.seq_len:
+            data["seq_len"] = self.seq_len
         return {"model": self.model.config.to_dict(), "training": asdict(self.config), "data": data}
 
     def _all_random_states(self) -> dict:
