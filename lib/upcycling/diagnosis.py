@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter import as_decoder_lm
 from .config import IGNORE
 from .metrics import (
     balance_score,
@@ -98,7 +99,8 @@ class LoadReport:
             for name, load_E in named
         ]
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """The lines below the table: how much it rests on, and the alarm."""
         num_experts = self.load_LE.shape[-1]
         notes = [f"{self.num_tokens:,} tokens, top-{self.top_k} of {num_experts} experts"]
         if self._too_few_tokens:
@@ -106,12 +108,12 @@ class LoadReport:
         return notes + ([self.alarm] if self.alarm else [])
 
     def __str__(self) -> str:
-        return render_text(self.rows(), self._notes())
+        return render_text(self.rows(), self.notes())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return render_html(self.rows(), self._notes())
+        return render_html(self.rows(), self.notes())
 
 
 def load_report(trace, num_experts: int | None = None) -> LoadReport:
@@ -168,25 +170,38 @@ class RoutingEvaluation:
         """exp(CE) * exp(beta * (1 - B)), with B averaged over layers."""
         return balanced_perplexity(self.cross_entropy, self.balance, self.beta)
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict]:
+        """The load report's rows, each layer's with its balance loss."""
+        losses = [*self.aux_loss_L.tolist(), "–"]
+        return [row | {"balance loss": loss} for row, loss in zip(self.load.rows(), losses)]
+
+    def _summary(self) -> str:
         return (
             f"cross-entropy {self.cross_entropy:.4f} nats, perplexity {self.perplexity:.3f}, balance B "
-            f"{self.balance:.4f}, balanced perplexity (beta {self.beta:g}) {self.balanced_perplexity:.3f}\n{self.load}"
+            f"{self.balance:.4f}, balanced perplexity (beta {self.beta:g}) {self.balanced_perplexity:.3f}"
         )
 
+    def __str__(self) -> str:
+        return f"{self._summary()}\n{render_text(self.rows(), self.load.notes())}"
+
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return render_html(self.rows(), [self._summary(), *self.load.notes()])
 
 
 @torch.no_grad()
 def evaluate_routing(
     model, stream, *, batch_size: int = 32, seq_len: int | None = None, beta: float = 1.0
 ) -> RoutingEvaluation:
-    """Cross-entropy, load, balance and confidence of a DecoderLM over a whole stream, in one pass and in eval mode.
+    """Cross-entropy, load, balance and confidence over a whole stream, in one pass and in eval mode.
 
-    `seq_len` defaults to the model's context. Padding at the stream's end is not counted. The balance loss is that of
-    the whole set: batch by batch it comes out higher, because small batches are less even. Raises ValueError for a
-    dense model.
+    For a `DecoderLM`, whose context is the default of `seq_len`, or a transformers causal MoE (default: its context, at
+    most 256 tokens; which probabilities count, see `TransformersLM.forward`). Padding at the stream's end is not
+    counted. The balance loss is that of the whole set: batch by batch it comes out higher, because small batches are
+    less even. Raises ValueError for a dense model.
     """
+    model = as_decoder_lm(model, seq_len)
     layers = model.config.moe_layers
     if not layers:
         raise ValueError("the model is dense: it has no router to evaluate; upcycle it first, or use evaluate()")
@@ -340,7 +355,7 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
             out = model(tokens_BT)
             logits_BTV = out.logits_BTV if hasattr(out, "logits_BTV") else out.logits
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
-        weights = [weight for router in routers for weight in _router_weights(router) + _expert_weights(model, router)]
+        weights = [weight for router in routers for weight in router_weights(router) + expert_weights(model, router)]
         wanted = [weight for weight in weights if weight.requires_grad]
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
     finally:
@@ -350,31 +365,32 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
 
 
 def _diagnose(model, router: Router, i: int, trace, gradient_of: dict) -> RouterDiagnosis:
-    router_weights, expert_weights = _router_weights(router), _expert_weights(model, router)
+    of_router, of_experts = router_weights(router), expert_weights(model, router)
     num_experts = trace.num_experts
-    rows_EX = torch.cat([weight.detach().reshape(num_experts, -1) for weight in router_weights], dim=1)
+    rows_EX = torch.cat([weight.detach().reshape(num_experts, -1) for weight in of_router], dim=1)
     sums_N = trace.weights[i].sum(-1)
-    rounding = max(1e-5, 2 * torch.finfo(router_weights[0].dtype).eps)
+    rounding = max(1e-5, 2 * torch.finfo(of_router[0].dtype).eps)
     return RouterDiagnosis(
         layer=router.layer,
         num_experts=num_experts,
         top_k=trace.top_k,
-        router_gradient=_norm(router_weights, gradient_of),
-        expert_gradient=_norm(expert_weights, gradient_of),
+        router_gradient=_norm(of_router, gradient_of),
+        expert_gradient=_norm(of_experts, gradient_of),
         tied=bool((rows_EX == rows_EX[0]).all()),
-        experts_identical=all(bool((weight == weight[0]).all()) for weight in expert_weights),
+        experts_identical=all(bool((weight == weight[0]).all()) for weight in of_experts),
         constant_weight_sum=float(sums_N.max() - sums_N.min()) <= rounding * float(sums_N.mean()),
-        frozen=not any(weight.requires_grad for weight in router_weights),
+        frozen=not any(weight.requires_grad for weight in of_router),
         experts_used=len(trace.expert_ids[i].unique()),
     )
 
 
-def _router_weights(router: Router) -> list[nn.Parameter]:
+def router_weights(router: Router) -> list[nn.Parameter]:
+    """The weights that turn a token into the router's logits."""
     return list(router.module.parameters())
 
 
-def _expert_weights(model: nn.Module, router: Router) -> list[nn.Parameter]:
-    """The stacked weights of the router's experts, each with E in front."""
+def expert_weights(model: nn.Module, router: Router) -> list[nn.Parameter]:
+    """The stacked weights of the router's experts, each with E in front; shared experts are not among them."""
     in_decoder_lm = isinstance(router.holder, MoELayer)
     layer = router.holder if in_decoder_lm else model.get_submodule(router.name.rpartition(".")[0])
     return list(layer.experts.parameters())

@@ -48,8 +48,8 @@ def train(
 ) -> TrainResult:
     """Train `model` in place for `config.steps` optimizer updates and leave it in eval mode, on the device it came on.
 
-    An update takes batch_size x accumulation x processes windows of `seq_len` tokens (default: the context) and minimises
-    `model.objective(out)`; what is reported as loss is the cross-entropy alone, in nats per target.
+    An update takes batch_size x accumulation x processes windows of `seq_len` tokens (default: the context) and
+    minimises `model.objective(out)`; what is reported as loss is the cross-entropy alone, in nats per target.
 
     - optimizer: adamw (torch's, fused) or adafactor (torch's: it factors the last two dimensions, so each expert of a
       stack by itself, and all its state is tensors; its step is relative to a weight's own size, so learning rates are
