@@ -7,41 +7,25 @@ from dataclasses import replace
 import torch
 
 from .config import MoEConfig
-from .model import DecoderLM, FeedForward
-from .moe import Experts
+from .initialisation import copy_into_experts, initialisation
+from .model import DecoderLM
 
-INITS = ("copy",)
-
-
-@torch.no_grad()
-def copy_into_experts(ffn: FeedForward, experts: Experts) -> None:
-    """Write the dense FFN's weights and biases into every expert."""
-    pairs = [
-        (experts.w_up_EFD, ffn.up.weight),
-        (experts.w_down_EDF, ffn.down.weight),
-        (experts.b_up_EF, ffn.up.bias),
-        (experts.b_down_ED, ffn.down.bias),
-    ]
-    if ffn.gate is not None:
-        pairs += [(experts.w_gate_EFD, ffn.gate.weight), (experts.b_gate_EF, ffn.gate.bias)]
-    for stacked, dense in pairs:
-        if stacked is not None:
-            stacked.copy_(dense.expand_as(stacked))
+__all__ = ["copy_into_experts", "upcycle"]
 
 
-def upcycle(dense: DecoderLM, moe: MoEConfig, init: str = "copy", seed: int = 0) -> DecoderLM:
+def upcycle(dense: DecoderLM, moe: MoEConfig, init="copy", seed: int = 0) -> DecoderLM:
     """An MoE with `dense`'s weights: its FFNs copied into experts, everything else unchanged, routers N(0, router_std).
 
     With `init="copy"` and `moe.renormalize` the outputs are those of `dense` up to rounding, for any router
     (Sparse Upcycling, Komatsuzaki et al. 2022, section 3; renormalised as there for vision). `moe.layers` picks the
-    layers; the others stay dense. `seed` draws the routers and does not touch torch's global random state. Returns a
-    new model in `dense`'s dtype, device and mode; `dense` is unchanged. Raises ValueError for a model that is an MoE
-    already, a layer that does not exist or an unknown `init`.
+    layers; the others stay dense. `init` is a name or an instance from `upcycling.initialisation`, which says which of
+    them keep the outputs. `seed` draws the routers, and what `init` draws, and does not touch torch's global random
+    state. Returns a new model in `dense`'s dtype, device and mode; `dense` is unchanged. Raises ValueError for a model
+    that is an MoE already, a layer that does not exist or an unknown `init`.
     """
     if dense.config.moe is not None:
         raise ValueError(f"the model has {dense.config.moe.num_experts} experts already; upcycle takes a dense model")
-    if init not in INITS:
-        raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(map(repr, INITS))}")
+    recipe = initialisation(init)
     weight = dense.token_embedding.weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,6 +40,8 @@ def upcycle(dense: DecoderLM, moe: MoEConfig, init: str = "copy", seed: int = 0)
     kept = {name: value for name, value in dense.state_dict().items() if name in sparse.state_dict()}
     sparse.load_state_dict(kept, strict=False)
     for layer in sparse.config.moe_layers:
-        copy_into_experts(dense.blocks[layer].ffn, sparse.blocks[layer].ffn.experts)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed * 1000 + layer)
+            recipe.fill(dense.blocks[layer].ffn, sparse.blocks[layer].ffn, generator)
     sparse.gradient_checkpointing = dense.gradient_checkpointing
     return sparse.train(dense.training)
