@@ -1,17 +1,18 @@
-"""Is the MoE better than simply training the dense model on? Arms at equal tokens, equal FLOPs and equal seconds.
+"""Which recipe is better? Any arms from one parent at equal tokens, equal FLOPs and equal seconds, over several seeds.
 
     python -m upcycling.compare --seeds 0 1 2 --workers 2 --out notebooks/results/arms_worlds_quick.json
+    python -m upcycling.compare --arms pooling --budgets tokens --workers 2 --out pooling.json
 
-From one parent, as a practitioner has it, and for each seed: a dense control for each budget and the upcycled MoE; and,
-for each budget, an MoE from scratch that also gets the parent's share. A seed orders the data and draws the routers
-(from scratch: all weights). Every run has its own schedule, so each is annealed at its end.
-The budget is what the upcycled MoE costs (its parent included for the runs from scratch):
+An `Arm` is a recipe: experts and how they begin, or neither for the dense control. A seed orders the data and draws the
+routers (from scratch: all weights). Every run has its own schedule, so each is annealed at its end. The budget is what
+the reference arm costs in the second phase (an arm from scratch gets the parent's share, too):
 
     tokens    the same number of updates
-    FLOPs     updates scaled by the ratio of matrix-product FLOPs per update
-    seconds   updates scaled by the measured ratio of CPU seconds per update, dense and MoE interleaved, one thread
+    FLOPs     updates scaled by the matrix products of one update, forward and backward, counted as they are executed
+    seconds   updates scaled by the CPU seconds of one update, all arms in turn, one thread, medians
 
-Runs are kept under `artifacts/`, so an interrupted comparison goes on where it stopped.
+FLOPs and seconds are those of an arm as it begins; a rule with a variable number of experts may cost less or more
+later. Runs and measured seconds are kept under `artifacts/`, so an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,138 +20,413 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import write_text
-from .config import forward_flops
+from .config import MoEConfig, Preset
+from .metrics import domain_divergence
 from .model import DecoderLM
-from .moe import expert_load
-from .series import Series, load_series, new_model
-from .transfer import upcycle
+from .series import Series, artifacts_dir, key_of, load_series
 
 BUDGETS = ("tokens", "FLOPs", "seconds")
-ARMS = ("dense control", "upcycled MoE", "MoE from scratch")
+SHARED_WITHIN = 0.02  # budgets of one arm whose updates differ by no more than this fraction share one run
 
 
 @dataclass(frozen=True)
-class Ratios:
-    """What one MoE update costs, in dense updates."""
+class Arm:
+    """A recipe: `moe=None` stays dense; `init` is what `upcycle` takes; `start` is "parent" or "scratch"."""
 
-    flops: float
-    seconds: float
+    name: str
+    moe: MoEConfig | None = None
+    init: object = "copy"
+    start: str = "parent"
+
+    def __post_init__(self):
+        if self.start not in ("parent", "scratch"):
+            raise ValueError(f"start={self.start!r} is unknown; choose 'parent' or 'scratch'")
+
+    def to_dict(self) -> dict:
+        moe = None if self.moe is None else {name: _plain(value) for name, value in vars(self.moe).items()}
+        return {"name": self.name, "moe": moe, "init": _plain(self.init), "start": self.start}
 
 
-def measure_ratios(series: Series, rounds: int = 40) -> Ratios:
-    """Cost of an MoE update over that of a dense one: FLOPs counted, CPU seconds measured A B A B, medians."""
-    preset = series.preset
-    dense = new_model(preset.model, seed=0)
-    models = [dense, upcycle(dense, preset.moe)]
+def _plain(value):
+    """`value` if JSON can write it, else its repr (a rule or an initialisation with its settings)."""
+    return value if isinstance(value, str | int | float | None) else repr(value)
+
+
+# ---------------------------------------------------------------------------------------------------- sets of arms
+
+
+DENSE = Arm("dense control")
+
+
+def upcycling_arms(preset: Preset) -> list[Arm]:
+    """Notebook 04: is upcycling better than training the dense model on, and than an MoE without a parent?"""
+    return [
+        DENSE,
+        Arm("upcycled MoE", preset.moe),
+        Arm("MoE from scratch", preset.moe, start="scratch"),
+    ]
+
+
+def pooling_arms(preset: Preset) -> list[Arm]:
+    """Notebook 06: how much of "naive upcycling is bad" is the balance loss that pools the layers?"""
+    from .initialisation import Drop
+
+    layer, pooled = replace(preset.moe, balance="layer"), replace(preset.moe, balance="pooled")
+    return [
+        DENSE,
+        Arm("copy, per layer", layer),
+        Arm("copy, pooled", pooled),
+        Arm("drop, per layer", layer, Drop(0.5)),
+        Arm("drop, pooled", pooled, Drop(0.5)),
+    ]
+
+
+def router_arms(preset: Preset) -> list[Arm]:
+    """Notebook 06: the same copies under other routers."""
+    return [
+        DENSE,
+        Arm("softmax top-k", preset.moe),
+        Arm("not renormalised", replace(preset.moe, renormalize=False)),
+        Arm("noisy top-k", replace(preset.moe, noisy=True)),
+        Arm("no balance loss", replace(preset.moe, aux_weight=0.0)),
+    ]
+
+
+ARM_SETS: dict[str, Callable[[Preset], list[Arm]]] = {
+    "upcycling": upcycling_arms,
+    "pooling": pooling_arms,
+    "routers": router_arms,
+}
+
+
+# --------------------------------------------------------------------------------------------------------- budgets
+
+
+def update_flops(model: DecoderLM, tokens_BT, targets_BT) -> int:
+    """Matrix-product FLOPs that one training update of `model` executes, two for each multiply-add.
+
+    For a model that computes `top_k` experts this is three times `forward_flops`, B times.
+    """
+    aten = torch.ops.aten
+
+    def grouped(a_shape, b_shape, *_, out_shape=None, **__):
+        # (R,I) x (E,I,O) forward, (O,R) x (R,I) in the backward pass: every row meets one matrix
+        return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
+
+    def attention(q_shape, k_shape, *_, out_shape=None, **__):
+        b, h, t, d = q_shape
+        return 2 * 2 * b * h * t * k_shape[2] * d
+
+    def attention_backward(_, q_shape, k_shape, *__, out_shape=None, **___):
+        return 2 * attention(q_shape, k_shape)  # what is computed a second time to save memory is not counted
+
+    uncounted = {
+        aten._grouped_mm: grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
+        model.objective(model(tokens_BT, targets_BT)).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def costs(series: Series, arms: Sequence[Arm], rounds: int = 40) -> dict[str, dict[str, float]]:
+    """{arm: {budget: what one of its updates costs in dense updates}}; arms of one configuration cost the same.
+
+    The seconds are measured once for a configuration and kept under `artifacts/`: another measurement would ask for
+    other numbers of updates, and every run would have to be made again.
+    """
+    models = {None: series.arm(DENSE)}
+    for arm in arms:
+        if arm.moe is not None and arm.moe not in models:
+            models[arm.moe] = series.arm(arm)
+    batch_size, context = series.preset.sparse.batch_size, series.preset.model.seq_len
+    batches = [series.train_stream.random_windows(batch_size, context, seed=0, step=step) for step in range(rounds + 2)]
+    flops = {moe: update_flops(model.train(), *batches[0]) for moe, model in models.items()}
+
+    files = {
+        moe: artifacts_dir() / "costs" / f"{key_of(models[None].config.to_dict(), model.config.to_dict(), batch_size)}"
+        for moe, model in models.items()
+        if moe is not None
+    }
+    missing = [None] + [moe for moe, file in files.items() if not file.exists()]
+    if len(missing) > 1:
+        medians = median_cpu_seconds([models[moe] for moe in missing], batches)
+        for moe, seconds in zip(missing[1:], medians[1:], strict=True):
+            write_text(files[moe], json.dumps({"seconds": seconds / medians[0]}))
+    seconds = {moe: json.loads(file.read_text(encoding="utf-8"))["seconds"] for moe, file in files.items()}
+    return {
+        arm.name: {
+            "tokens": 1.0,
+            "FLOPs": round(flops[arm.moe] / flops[None], 3),
+            "seconds": round(seconds.get(arm.moe, 1.0), 3),
+        }
+        for arm in arms
+    }
+
+
+def median_cpu_seconds(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> list[float]:
+    """CPU seconds of an update of each model, medians over `batches` less the first two; A B A B, and it trains them."""
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for model in models]
-    seconds = [[], []]
-    for step in range(rounds + 2):
-        tokens_BT, targets_BT = series.train_stream.random_windows(
-            preset.sparse.batch_size, preset.model.seq_len, seed=0, step=step
-        )
+    seconds = [[] for _ in models]
+    for tokens_BT, targets_BT in batches:
         for model, optimizer, times in zip(models, optimizers, seconds, strict=True):
             start = time.process_time()
             model.objective(model(tokens_BT, targets_BT)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if step >= 2:  # the first two warm up
-                times.append(time.process_time() - start)
-    dense_time, moe_time = (statistics.median(times) for times in seconds)
-    flops = forward_flops(models[1].config) / forward_flops(models[0].config)
-    return Ratios(round(flops, 3), round(moe_time / dense_time, 3))
+            times.append(time.process_time() - start)
+    return [statistics.median(times[2:]) for times in seconds]
 
 
-def updates_per_budget(series: Series, ratios: Ratios) -> dict[tuple[str, str], int]:
-    """(arm, budget) -> updates. The upcycled MoE's are the same for all: it sets the budget."""
-    first, second = series.preset.dense.steps, series.preset.sparse.steps
-    worth = {"tokens": 1.0, "FLOPs": ratios.flops, "seconds": ratios.seconds}
-    dense = {("dense control", budget): round(second * worth[budget]) for budget in BUDGETS}
-    scratch = {("MoE from scratch", budget): round(first / worth[budget]) + second for budget in BUDGETS}
-    return dense | {("upcycled MoE", budget): second for budget in BUDGETS} | scratch
+def updates_per_budget(
+    preset: Preset, arms: Sequence[Arm], cost: dict[str, dict[str, float]], reference: str, budgets=BUDGETS
+) -> dict[tuple[str, str], int]:
+    """(arm, budget) -> updates; those of one arm that differ by less than 2 % become the first of them."""
+    updates = {}
+    for arm in arms:
+        for budget in budgets:
+            own = cost[arm.name][budget]
+            steps = round(preset.sparse.steps * cost[reference][budget] / own)
+            if arm.start == "scratch":
+                steps += round(preset.dense.steps / own)
+            near = [n for (name, _), n in updates.items() if name == arm.name and abs(n - steps) <= SHARED_WITHIN * n]
+            updates[arm.name, budget] = near[0] if near else steps
+    return updates
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
 
 
 @torch.no_grad()
 def describe(series: Series, model: DecoderLM) -> dict:
-    """Losses per domain and, for an MoE, the largest load (1 = even) and dead experts of each layer."""
+    """Losses per domain and, for an MoE, each layer's routing of validation text.
+
+    max_load (1 = even), dead_experts (never chosen), jsd (how far the domains' loads lie apart, in bits; None without
+    domains), experts_per_token, and dropped, the fraction of all choices that was not carried out.
+    """
     from .training import evaluate
 
     result = {"per_domain": {name: evaluate(model, stream) for name, stream in series.domain_streams().items()}}
-    if model.config.moe is not None:
-        tokens_BT, _ = series.validation_stream.random_windows(64, model.config.seq_len, seed=0, step=0)
-        loads = [expert_load(routing) for routing in model(tokens_BT).routings]
-        result["max_load"] = [float(load_E.max() * len(load_E)) for load_E in loads]
-        result["dead_experts"] = [int((load_E == 0).sum()) for load_E in loads]
-    return result
+    if model.config.moe is None:
+        return result
+    tokens_BT, _ = series.validation_stream.random_windows(64, model.config.seq_len, seed=0, step=0)
+    counts_LE, kept_L, possible_L = _choices(model, tokens_BT)
+    windows = [tokens_BT for tokens_BT, _ in series.domain_windows(16).values()]
+    jsd_L = [None] * len(counts_LE)
+    if len(windows) > 1:
+        counts_CLE = torch.stack([_choices(model, tokens_BT)[0] for tokens_BT in windows])
+        jsd_L = domain_divergence(counts_CLE.transpose(0, 1)).tolist()
+    load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
+    return result | {
+        "max_load": (load_LE.amax(-1) * load_LE.shape[-1]).tolist(),
+        "dead_experts": (load_LE == 0).sum(-1).tolist(),
+        "jsd": jsd_L,
+        "dropped": (1 - kept_L / possible_L).tolist(),
+        "experts_per_token": (kept_L / tokens_BT.numel()).tolist(),
+    }
 
 
-def run_arm(preset: str, corpus: str, seed: int, arm: str, ratios: Ratios) -> list[dict]:
-    """One arm of one seed at every budget; a list of rows. Equal numbers of updates are the same run."""
+def _choices(model: DecoderLM, tokens_BT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each layer: how often each expert was used (L, E), choices carried out (L,), choices made (L,)."""
+    counts_LE, possible_L = 0.0, 0.0
+    for part_BT in tokens_BT.split(8):  # the logits of all windows at once would take a gigabyte
+        routings = model(part_BT).routings
+        kept = [_kept_ids(routing) for routing in routings]
+        experts = routings[0].probabilities_NE.shape[-1]
+        counts_LE += torch.stack([torch.bincount(ids, minlength=experts).double() for ids in kept])
+        possible_L += torch.tensor([routing.expert_ids_NK.numel() for routing in routings], dtype=torch.float64)
+    return counts_LE, counts_LE.sum(-1), possible_L
+
+
+def _kept_ids(routing) -> torch.Tensor:
+    kept_NK = getattr(routing, "kept_NK", None)
+    return routing.expert_ids_NK.flatten() if kept_NK is None else routing.expert_ids_NK[kept_NK]
+
+
+def run_arm(preset: Preset, corpus: str, arm: Arm, seed: int, steps: int, budgets: Sequence[str]) -> list[dict]:
+    """Train `arm` with `seed` for `steps` updates (or load that run); a row for each of the `budgets` it stands for."""
+    with one_thread():
+        series = Series(preset, corpus)
+        model, result = series.train_arm(arm, seed, steps, progress=False, verbose=False)
+        row = dict(arm=arm.name, budget=None, seed=seed, updates=steps, val_loss=result.final_loss)
+        row["history"] = [(row["step"], row["val_loss"]) for row in result.history if row["val_loss"] is not None]
+        row["cpu_seconds"] = result.history[-1]["cpu_seconds"]
+        row |= describe(series, model)
+    return [row | {"budget": budget} for budget in budgets]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as all runs of a comparison do, and with as many as before afterwards."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    series = load_series(preset, corpus)
-    quiet = dict(progress=False, verbose=False)
-    rows = []
-    for (name, budget), steps in updates_per_budget(series, ratios).items():
-        if name != arm:
-            continue
-        if arm == "dense control":
-            model, result = series.dense_control(seed, steps, **quiet)
-        elif arm == "upcycled MoE":
-            model, result = series.moe(seed, **quiet)
-        else:
-            model, result = series.moe_from_scratch(steps, seed, **quiet)
-        print(f"seed {seed}  {arm:<16}  equal {budget:<7}  {steps:>5} updates  {result.final_loss:.4f}", flush=True)
-        history = [(row["step"], row["val_loss"]) for row in result.history if row["val_loss"] is not None]
-        rows.append(
-            dict(arm=arm, budget=budget, seed=seed, updates=steps, val_loss=result.final_loss, history=history)
-            | describe(series, model)
-        )
-    return rows
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def compare(preset: str, corpus: str, seeds: list[int], workers: int = 1, scratch: bool = True) -> dict:
-    """Run all arms for all seeds, in `workers` processes, and return everything a table and a figure need."""
-    series = load_series(preset, corpus)
+def _finished(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Future]]:
+    """(job, its future) as the jobs finish: here with one worker, else in as many processes."""
+    if workers == 1:
+        for job in jobs:
+            future = Future()
+            try:
+                future.set_result(run_arm(*job))
+            except Exception as error:
+                future.set_exception(error)
+            yield job, future
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent)
+    try:
+        futures = {pool.submit(run_arm, *job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the process that started it is gone, which nobody else would tell it."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def compare(
+    arms: Sequence[Arm],
+    budgets: Sequence[str] = BUDGETS,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    *,
+    preset: str | Preset = "quick",
+    corpus: str | None = None,
+    workers: int = 1,
+    reference: str | None = None,
+    out: str | Path | None = None,
+) -> dict:
+    """Run all `arms` at all `budgets` for all `seeds`, in `workers` processes; return what tables and figures need.
+
+    The budget is what the arm named `reference` costs (default: the first MoE that starts from the parent). `out` is
+    written after each run, so that a comparison which is stopped leaves its rows. A run that fails does not stop the
+    others: it is in result["failed"] with its error. Runs that were made before are loaded. Raises ValueError for arms,
+    budgets or seeds that make no comparison.
+    """
+    arms, budgets, seeds = list(arms), list(budgets), list(seeds)
+    reference = _checked(arms, budgets, seeds, reference)
+    preset = load_series(preset).preset if isinstance(preset, str) else preset
+    series = Series(preset, corpus or preset.corpus)
     _ = series.train_stream, series.validation_stream, series.domain_streams()  # made once, before the processes start
-    ratios = measure_ratios(series)
-    print(f"an MoE update costs {ratios.flops:.2f} dense updates in FLOPs, {ratios.seconds:.2f} in seconds", flush=True)
-    arms = ARMS if scratch else ARMS[:2]
-    jobs = [(preset, corpus, seed, arm, ratios) for seed in seeds for arm in arms]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(run_arm, *zip(*jobs, strict=True)) for row in part]
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        cost = costs(series, arms)
+    updates = updates_per_budget(preset, arms, cost, reference, budgets)
+    for name, per_budget in cost.items():
+        planned = ", ".join(f"{updates[name, budget]} for equal {budget}" for budget in budgets)
+        print(f"{name}: an update costs {per_budget['FLOPs']:.2f} dense ones in FLOPs, ", end="")
+        print(f"{per_budget['seconds']:.2f} in seconds; updates: {planned}", flush=True)
+
+    jobs = []
+    for seed in seeds:
+        for arm in arms:
+            for steps in dict.fromkeys(updates[arm.name, budget] for budget in budgets):
+                sharing = [budget for budget in budgets if updates[arm.name, budget] == steps]
+                jobs.append((preset, series.corpus_name, arm, seed, steps, sharing))
+    control = next((arm.name for arm in arms if arm.moe is None and arm.start == "parent"), None)
     floor = series.floor
-    return {
+    result = {
         "date": datetime.date.today().isoformat(),
         "setting": setting(series),
         "corpus": series.name,
         "seeds": seeds,
-        "ratios": asdict(ratios),
+        "arms": [arm.to_dict() for arm in arms],
+        "reference": reference,
+        "control": control,
+        "costs": cost,
+        "ratios": {"flops": cost[reference]["FLOPs"], "seconds": cost[reference]["seconds"]},  # of the reference
+        "shared_within": SHARED_WITHIN,
         "floor": None if floor is None else floor.overall,
         "machine": f"{platform.machine()}, one thread a run, torch {torch.__version__}",
-        "rows": rows,
+        "failed": [],
+        "rows": [],
     }
+    names = [arm.name for arm in arms]
+    with closing(_finished(jobs, workers)) as finished:
+        for count, ((_, _, arm, seed, steps, sharing), future) in enumerate(finished, 1):
+            head = f"[{count}/{len(jobs)}] seed {seed}  {arm.name}  {steps} updates  equal {', '.join(sharing)}"
+            if error := future.exception():
+                text = "".join(traceback.format_exception(error))
+                result["failed"].append(dict(arm=arm.name, seed=seed, updates=steps, error=repr(error), traceback=text))
+                print(f"{head}  FAILED: {error!r}", flush=True)
+            else:
+                result["rows"] += future.result()
+                result["rows"].sort(
+                    key=lambda r: (seeds.index(r["seed"]), names.index(r["arm"]), budgets.index(r["budget"]))
+                )
+                print(f"{head}  {future.result()[0]['val_loss']:.4f}", flush=True)
+            if out is not None:
+                write_text(out, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _checked(arms, budgets, seeds, reference) -> str:
+    """The reference's name; ValueError for what makes no comparison."""
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"arms are told apart by name, but these are {names}; give each its own")
+    if not budgets or not set(budgets) <= set(BUDGETS):
+        raise ValueError(f"budgets={budgets!r} is none or has an unknown one; choose of {', '.join(BUDGETS)}")
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise ValueError(f"seeds={seeds!r} holds none or one twice; a seed gives one run of each arm")
+    upcycled = [arm.name for arm in arms if arm.moe is not None and arm.start == "parent"]
+    if reference is None and not upcycled:
+        raise ValueError("no arm is an MoE that starts from the parent; name the arm that sets the budget: reference=…")
+    if reference is not None and reference not in names:
+        raise ValueError(f"reference={reference!r} is none of the arms {', '.join(names)}")
+    return reference or upcycled[0]
+
+
+# The fields of MoEConfig that every stored setting has.
+_ALWAYS_STORED = (
+    "num_experts", "top_k", "renormalize", "router_bias", "noisy", "layers", "router_std", "aux_weight", "z_weight",
+)  # fmt: skip
 
 
 def setting(series: Series) -> dict:
-    """What the result depends on; a stored result holds for these settings only."""
+    """What the result depends on; a stored result holds for these settings only.
+
+    A field of MoEConfig that was added later appears only where it is not at its default, so that results which were
+    stored before it existed still hold.
+    """
     preset = series.preset
+    moe, default = asdict(preset.moe), asdict(MoEConfig())
     return json.loads(
         json.dumps(
             {
                 "model": preset.model.to_dict(),
-                "moe": asdict(preset.moe),
+                "moe": {name: moe[name] for name in moe if name in _ALWAYS_STORED or moe[name] != default[name]},
                 "dense": asdict(replace(preset.dense, seed=0)),
                 "sparse": asdict(replace(preset.sparse, seed=0)),
                 "train_tokens": series.train_stream.key,
@@ -160,37 +436,126 @@ def setting(series: Series) -> dict:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def losses(result: dict, arm: str, budget: str) -> dict[int, float]:
+    """{seed: final validation loss} of one arm at one budget."""
+    rows = (row for row in result["rows"] if (row["arm"], row["budget"]) == (arm, budget))
+    return {row["seed"]: row["val_loss"] for row in rows}
+
+
+def paired(result: dict, budget: str, arm: str, rival: str) -> tuple[float, float]:
+    """(mean of `arm` less `rival`, standard deviation of the difference) over the seeds that both have.
+
+    A seed gives both the same data in the same order, so that much of the scatter is common and cancels. The deviation
+    is NaN for a single seed; so are both where the arms share none.
+    """
+    ours, theirs = losses(result, arm, budget), losses(result, rival, budget)
+    return _mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there are too few values."""
+    mean = statistics.mean(values) if values else float("nan")
+    return mean, statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
 def summarize(result: dict) -> list[dict]:
-    """One row per arm and budget: mean and standard deviation of the validation loss over the seeds."""
+    """One row per budget and arm: mean and standard deviation of the validation loss over the seeds, and
+
+    its difference from the dense control at the same budget with the spread of that difference (see `paired`).
+    """
     rows = []
+    control = result.get("control", DENSE.name)
     for budget in BUDGETS:
-        for arm in ARMS:
-            losses = [row["val_loss"] for row in result["rows"] if (row["arm"], row["budget"]) == (arm, budget)]
-            if losses:
+        for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
+            mean, spread = _mean_and_spread(list(losses(result, arm, budget).values()))
+            if mean == mean:
                 updates = next(r["updates"] for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budget))
-                spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-                rows.append(dict(budget=budget, arm=arm, updates=updates, mean=statistics.mean(losses), spread=spread))
+                difference, paired_spread = paired(result, budget, arm, control)
+                rows.append(
+                    dict(budget=budget, arm=arm, updates=updates, mean=mean, spread=spread)
+                    | dict(difference=difference, paired_spread=paired_spread)
+                )
     return rows
 
 
-def margin(result: dict, budget: str) -> tuple[float, float]:
-    """(how far the upcycled MoE ends below the dense control, the larger of the two arms' standard deviations)."""
+def margin(result: dict, budget: str, arm: str | None = None, rival: str | None = None) -> tuple[float, float]:
+    """(how far `arm` ends below `rival`, the larger of the two arms' standard deviations).
+
+    By default the arm that set the budget and the dense control.
+    """
     by_arm = {row["arm"]: row for row in summarize(result) if row["budget"] == budget}
-    dense, moe = by_arm["dense control"], by_arm["upcycled MoE"]
-    return dense["mean"] - moe["mean"], max(dense["spread"], moe["spread"])
+    ours = by_arm[arm or result.get("reference", "upcycled MoE")]
+    theirs = by_arm[rival or result.get("control", DENSE.name)]
+    return theirs["mean"] - ours["mean"], max(ours["spread"], theirs["spread"])
 
 
 def table(result: dict) -> str:
-    """The summary as text, with each arm's gap to the entropy floor where that is known."""
-    floor = result["floor"]
-    lines = [f"{'equal':<8} {'arm':<17} {'updates':>7}  {'val loss':>8}  {'± seeds':>7}  {'above floor':>11}"]
-    for row in summarize(result):
+    """The losses as text, a line for each budget and arm, with the gap to the entropy floor where that is known."""
+    floor, rows = result["floor"], summarize(result)
+    width = max([17, *(len(row["arm"]) for row in rows)])
+    lines = [f"{'equal':<8} {'arm':<{width}} {'updates':>7}  {'val loss':>8}  {'± seeds':>7}  {'above floor':>11}"]
+    for row in rows:
         gap = "" if floor is None else f"{row['mean'] - floor:.3f}"
         lines.append(
-            f"{row['budget']:<8} {row['arm']:<17} {row['updates']:>7}  "
+            f"{row['budget']:<8} {row['arm']:<{width}} {row['updates']:>7}  "
             f"{row['mean']:>8.3f}  {row['spread']:>7.4f}  {gap:>11}"
         )
     return "\n".join(lines)
+
+
+def overview(result: dict) -> str:
+    """One line per arm, in Markdown: losses at each budget, the paired difference from dense, and the routing.
+
+    The routing is that of the first budget, means over the seeds: the highest load of any layer, dead experts of all
+    layers together, and means over layers of JSD (bits), experts per token and the fraction of dropped choices.
+    """
+    summary = summarize(result)
+    budgets = list(dict.fromkeys(row["budget"] for row in summary))
+    header = ["arm"]
+    for budget in budgets:
+        header += [f"equal {budget}", "from dense"]
+    lines = [header + ["max load", "dead", "JSD", "experts", "dropped"]]
+    for arm in dict.fromkeys(row["arm"] for row in summary):
+        line = [arm]
+        for budget in budgets:
+            row = next((row for row in summary if (row["arm"], row["budget"]) == (arm, budget)), None)
+            line += ["", ""] if row is None else [_plus_minus(row["mean"], row["spread"])]
+            if row is not None:
+                itself = arm == result.get("control", DENSE.name)
+                line.append("" if itself else _plus_minus(row["difference"], row["paired_spread"], sign="+"))
+        lines.append(line + _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])]))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header) + 5)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    if "shared_within" in result and len(budgets) > 1:
+        text += f"\n\nBudgets whose updates differ by no more than {result['shared_within']:.0%} share one run."
+    return text
+
+
+def _plus_minus(mean: float, spread: float, sign: str = "") -> str:
+    if mean != mean:
+        return ""
+    return f"{mean:{sign}.4f}" + ("" if spread != spread else f" ± {spread:.4f}")
+
+
+def _routing_cells(rows: Sequence[dict]) -> list[str]:
+    """max load, dead, JSD, experts per token, dropped: means over `rows`, empty where they are not known."""
+
+    def cell(name, over_layers, style):
+        values = [over_layers(row[name]) for row in rows if row.get(name) and None not in row[name]]
+        return format(statistics.mean(values), style) if values else ""
+
+    mean = statistics.mean
+    return [
+        cell("max_load", max, ".2f"),
+        cell("dead_experts", sum, ".1f"),
+        cell("jsd", mean, ".3f"),
+        cell("experts_per_token", mean, ".2f"),
+        cell("dropped", mean, ".1%"),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -199,17 +564,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--corpus", default=os.environ.get("UPCYCLING_CORPUS"), help="a name or path; default: the preset's"
     )
+    parser.add_argument("--arms", choices=sorted(ARM_SETS), default="upcycling", help="default: upcycling")
+    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--no-scratch", action="store_true", help="leave out the MoE from scratch, the longest arm")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON")
+    parser.add_argument("--no-scratch", action="store_true", help="leave out the arms from scratch, the longest")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, after each run")
     options = parser.parse_args(arguments)
-    corpus = options.corpus or load_series(options.preset).corpus_name
-    result = compare(options.preset, corpus, options.seeds, options.workers, not options.no_scratch)
-    print(table(result))
-    if options.out:
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
-    return 0
+    preset = load_series(options.preset).preset
+    arms = [arm for arm in ARM_SETS[options.arms](preset) if not (options.no_scratch and arm.start == "scratch")]
+    result = compare(
+        arms, options.budgets, options.seeds,
+        preset=preset, corpus=options.corpus, workers=options.workers, out=options.out,
+    )  # fmt: skip
+    print(f"\n{table(result)}\n\n{overview(result)}")
+    for failure in result["failed"]:
+        print(f"\nFAILED: {failure['arm']}, seed {failure['seed']}:\n{failure['traceback']}", file=sys.stderr)
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":

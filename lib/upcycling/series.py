@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from .model import DecoderLM
 from .snapshots import RoutingSnapshots
 from .training import TrainResult, train
 from .transfer import upcycle
+
+if TYPE_CHECKING:
+    from .compare import Arm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,6 +201,24 @@ class Series:
         """An MoE of the same shape that never had a parent, trained for `steps` updates in one phase."""
         model = new_model(replace(self.preset.model, moe=self.preset.moe), seed)
         return model, self.trained(model, replace(self.preset.dense, seed=seed, steps=steps), "moe-scratch", **options)
+
+    def arm(self, arm: Arm, seed: int = 0) -> DecoderLM:
+        """The model that an arm of `upcycling.compare` begins with; `seed` draws the routers, or all from scratch."""
+        if arm.start == "scratch":
+            return new_model(replace(self.preset.model, moe=arm.moe), seed)
+        model, _ = self.dense_parent(verbose=False, progress=False)
+        return model if arm.moe is None else upcycle(model, arm.moe, init=arm.init, seed=seed)
+
+    def train_arm(self, arm: Arm, seed: int, steps: int, **options) -> tuple[DecoderLM, TrainResult]:
+        """An arm trained for `steps` updates; the same runs as `moe`, `dense_control`, `moe_from_scratch` make."""
+        ours = (arm.moe, arm.init, arm.start, steps) == (self.preset.moe, "copy", "parent", self.preset.sparse.steps)
+        if ours:
+            return self.moe(seed, **options)  # which keeps the routing's snapshots, too
+        model, config = self.arm(arm, seed), self._second_phase(seed, steps)
+        label = "dense-control" if arm.moe is None else "moe"
+        if arm.start == "scratch":
+            config, label = replace(self.preset.dense, seed=seed, steps=steps), f"{label}-scratch"
+        return model, self.trained(model, config, label, **options)
 
     def _second_phase(self, seed: int, steps: int | None = None) -> TrainConfig:
         # another data seed than the parent's, or the second phase would start with the windows of the first
