@@ -25,6 +25,7 @@ _HOME = {
     "pretrained": ["plan", "upcycle_pretrained"],
     "receipt": ["verify"],
     "conversion": ["convert"],
+    "continued": ["continue_pretraining"],
     "diagnosis": ["load_report", "evaluate_routing", "diagnose_router"],
     "explorer": ["TokenExplorer", "TrainingPlayback", "WhatIf", "CompareRouting"],
     "series": ["load_series"],

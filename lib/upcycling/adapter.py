@@ -22,8 +22,20 @@ BLOCK = 256  # tokens in a sequence of training or evaluation where nobody asks 
 
 
 def as_decoder_lm(model, seq_len: int | None = None):
-    """`model` itself if it is a `DecoderLM` (also compiled), else its `TransformersLM`."""
-    return model if isinstance(getattr(model, "config", None), ModelConfig) else TransformersLM(model, seq_len)
+    """`model` itself if it is a `DecoderLM` (also compiled) or an adapter already, else its `TransformersLM`."""
+    if isinstance(model, TransformersLM) or isinstance(getattr(model, "config", None), ModelConfig):
+        return model
+    return TransformersLM(model, seq_len)
+
+
+def block_size(model, wanted: int | None = None) -> int:
+    """Tokens in a sequence: `wanted`, by default BLOCK or the context if that is shorter; ValueError if beyond it."""
+    ours = isinstance(model.config, ModelConfig)
+    context = model.config.seq_len if ours else model.config.get_text_config().max_position_embeddings
+    block = min(BLOCK, context) if wanted is None else wanted
+    if not 1 <= block <= context:
+        raise ValueError(f"blocks of {block} tokens do not fit the model's context; choose 1..{context}")
+    return block
 
 
 class TransformersLM(nn.Module):
@@ -43,15 +55,10 @@ class TransformersLM(nn.Module):
             raise ValueError(
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM.from_pretrained"
             )
-        text = model.config.get_text_config()
-        context = text.max_position_embeddings
-        seq_len = min(BLOCK, context) if seq_len is None else seq_len
-        if not 1 <= seq_len <= context:
-            raise ValueError(f"blocks of {seq_len} tokens do not fit the model's context; choose 1..{context}")
         holder = self.routers[0].holder
         self.config = SimpleNamespace(
-            seq_len=seq_len,
-            vocab_size=text.vocab_size,
+            seq_len=block_size(model, seq_len),
+            vocab_size=model.config.get_text_config().vocab_size,
             moe_layers=tuple(router.layer for router in self.routers),
             moe=SimpleNamespace(num_experts=len(holder.weight), top_k=holder.top_k, aux_weight=aux_weight),
             to_dict=self._description,
@@ -83,13 +90,13 @@ class TransformersLM(nn.Module):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether transformers recomputes blocks in the backward pass."""
-        return self.model.is_gradient_checkpointing
+        return self.model.is_activation_checkpointing
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
         if on:  # the reentrant kind would compute the router's logits without a gradient
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        elif self.model.is_gradient_checkpointing:
+        elif self.model.is_activation_checkpointing:
             self.model.activation_checkpointing_disable()
 
     def _description(self) -> dict:
