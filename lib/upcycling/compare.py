@@ -39,8 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import write_text
 from .config import MoEConfig, Preset
-from .metrics import domain_divergence
+from .metrics import domain_divergence, max_over_mean
 from .model import DecoderLM
+from .moe import expert_counts
 from .series import Series, artifacts_dir, key_of, load_series
 
 BUDGETS = ("tokens", "FLOPs", "seconds")
@@ -100,13 +101,33 @@ def pooling_arms(preset: Preset) -> list[Arm]:
 
 
 def router_arms(preset: Preset) -> list[Arm]:
-    """Notebook 06: the same copies under other routers."""
+    """Notebook 06: the same copies under every rule and balancing, one thing changed at a time."""
+    from . import routers
+
+    def changed(name: str, **fields) -> Arm:
+        return Arm(name, replace(preset.moe, **fields))
+
     return [
         DENSE,
-        Arm("softmax top-k", preset.moe),
-        Arm("not renormalised", replace(preset.moe, renormalize=False)),
-        Arm("noisy top-k", replace(preset.moe, noisy=True)),
-        Arm("no balance loss", replace(preset.moe, aux_weight=0.0)),
+        changed("softmax top-k"),
+        changed("not renormalised", renormalize=False),
+        changed("noisy top-k", noisy=True),
+        changed("sampled", router=routers.Sampled()),
+        changed("sigmoid, selection bias", router=routers.SelectionBias(), aux_weight=0.0),
+        changed("straight-through", router=routers.StraightThrough()),
+        changed("top-p", router=routers.TopP()),
+        changed("ReLU", router=routers.ReLURouter()),
+        changed("hash", router=routers.Hash(), aux_weight=0.0),
+        changed("no balance loss", aux_weight=0.0),
+        changed("pooled balance", balance="pooled"),
+        changed("sequence balance", balance="sequence"),
+        changed("importance balance", balance="importance"),
+        changed("z-loss", z_weight=1e-3),
+        changed("capacity 1.25", capacity_factor=1.25),
+        changed("one shared expert", shared_experts=1, top_k=max(preset.moe.top_k - 1, 1)),
+        changed("expert dropout", expert_dropout=0.1),
+        changed("jitter", router_jitter=0.01),
+        changed("standardised scores", logit_norm=1.0),
     ]
 
 
@@ -155,13 +176,13 @@ def costs(series: Series, arms: Sequence[Arm], rounds: int = 40) -> dict[str, di
     The seconds are measured once for a configuration and kept under `artifacts/`: another measurement would ask for
     other numbers of updates, and every run would have to be made again.
     """
-    models = {None: series.arm(DENSE)}
+    models = {None: series.arm(DENSE).train()}
     for arm in arms:
-        if arm.moe is not None and arm.moe not in models:
-            models[arm.moe] = series.arm(arm)
+        if arm.moe not in models:
+            models[arm.moe] = series.arm(arm).train()
     batch_size, context = series.preset.sparse.batch_size, series.preset.model.seq_len
     batches = [series.train_stream.random_windows(batch_size, context, seed=0, step=step) for step in range(rounds + 2)]
-    flops = {moe: update_flops(model.train(), *batches[0]) for moe, model in models.items()}
+    flops = {moe: update_flops(model, *batches[0]) for moe, model in models.items()}
 
     files = {
         moe: artifacts_dir() / "costs" / f"{key_of(models[None].config.to_dict(), model.config.to_dict(), batch_size)}"
@@ -185,7 +206,7 @@ def costs(series: Series, arms: Sequence[Arm], rounds: int = 40) -> dict[str, di
 
 
 def median_cpu_seconds(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> list[float]:
-    """CPU seconds of an update of each model, medians over `batches` less the first two; A B A B, and it trains them."""
+    """CPU seconds of an update of each model: medians over `batches` less the first two, in turn (it trains them)."""
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for model in models]
     seconds = [[] for _ in models]
     for tokens_BT, targets_BT in batches:
@@ -221,8 +242,8 @@ def updates_per_budget(
 def describe(series: Series, model: DecoderLM) -> dict:
     """Losses per domain and, for an MoE, each layer's routing of validation text.
 
-    max_load (1 = even), dead_experts (never chosen), jsd (how far the domains' loads lie apart, in bits; None without
-    domains), experts_per_token, and dropped, the fraction of all choices that was not carried out.
+    max_load (1 = even), dead_experts (never used), jsd (how far the domains' loads lie apart, in bits; None without
+    domains), experts_per_token, and dropped, the fraction of choices that found their expert full.
     """
     from .training import evaluate
 
@@ -230,37 +251,28 @@ def describe(series: Series, model: DecoderLM) -> dict:
     if model.config.moe is None:
         return result
     tokens_BT, _ = series.validation_stream.random_windows(64, model.config.seq_len, seed=0, step=0)
-    counts_LE, kept_L, possible_L = _choices(model, tokens_BT)
+    counts_LE, dropped_L = _choices(model, tokens_BT)
     windows = [tokens_BT for tokens_BT, _ in series.domain_windows(16).values()]
     jsd_L = [None] * len(counts_LE)
     if len(windows) > 1:
-        counts_CLE = torch.stack([_choices(model, tokens_BT)[0] for tokens_BT in windows])
-        jsd_L = domain_divergence(counts_CLE.transpose(0, 1)).tolist()
-    load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
+        jsd_L = domain_divergence(torch.stack([_choices(model, tokens_BT)[0] for tokens_BT in windows], dim=1)).tolist()
     return result | {
-        "max_load": (load_LE.amax(-1) * load_LE.shape[-1]).tolist(),
-        "dead_experts": (load_LE == 0).sum(-1).tolist(),
+        "max_load": max_over_mean(counts_LE / counts_LE.sum(-1, keepdim=True)).tolist(),
+        "dead_experts": (counts_LE == 0).sum(-1).tolist(),
         "jsd": jsd_L,
-        "dropped": (1 - kept_L / possible_L).tolist(),
-        "experts_per_token": (kept_L / tokens_BT.numel()).tolist(),
+        "experts_per_token": (counts_LE.sum(-1) / tokens_BT.numel()).tolist(),
+        "dropped": dropped_L.tolist(),
     }
 
 
-def _choices(model: DecoderLM, tokens_BT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each layer: how often each expert was used (L, E), choices carried out (L,), choices made (L,)."""
-    counts_LE, possible_L = 0.0, 0.0
+def _choices(model: DecoderLM, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each expert of each layer was used (L, E), and the fraction of choices each layer dropped (L,)."""
+    counts_PLE, dropped_PL = [], []
     for part_BT in tokens_BT.split(8):  # the logits of all windows at once would take a gigabyte
         routings = model(part_BT).routings
-        kept = [_kept_ids(routing) for routing in routings]
-        experts = routings[0].probabilities_NE.shape[-1]
-        counts_LE += torch.stack([torch.bincount(ids, minlength=experts).double() for ids in kept])
-        possible_L += torch.tensor([routing.expert_ids_NK.numel() for routing in routings], dtype=torch.float64)
-    return counts_LE, counts_LE.sum(-1), possible_L
-
-
-def _kept_ids(routing) -> torch.Tensor:
-    kept_NK = getattr(routing, "kept_NK", None)
-    return routing.expert_ids_NK.flatten() if kept_NK is None else routing.expert_ids_NK[kept_NK]
+        counts_PLE.append(torch.stack([expert_counts(routing) for routing in routings]).double())
+        dropped_PL.append(torch.tensor([0.0 if r.dropped is None else float(r.dropped) for r in routings]))
+    return torch.stack(counts_PLE).sum(0), torch.stack(dropped_PL).mean(0)
 
 
 def run_arm(preset: Preset, corpus: str, arm: Arm, seed: int, steps: int, budgets: Sequence[str]) -> list[dict]:
@@ -514,22 +526,25 @@ def overview(result: dict) -> str:
     """
     summary = summarize(result)
     budgets = list(dict.fromkeys(row["budget"] for row in summary))
-    header = ["arm"]
-    for budget in budgets:
-        header += [f"equal {budget}", "from dense"]
-    lines = [header + ["max load", "dead", "JSD", "experts", "dropped"]]
+    control = result.get("control", DENSE.name)
+    lines = []
     for arm in dict.fromkeys(row["arm"] for row in summary):
-        line = [arm]
-        for budget in budgets:
-            row = next((row for row in summary if (row["arm"], row["budget"]) == (arm, budget)), None)
-            line += ["", ""] if row is None else [_plus_minus(row["mean"], row["spread"])]
-            if row is not None:
-                itself = arm == result.get("control", DENSE.name)
-                line.append("" if itself else _plus_minus(row["difference"], row["paired_spread"], sign="+"))
-        lines.append(line + _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])]))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header) + 5)]
-    lines.insert(1, ["-" * width for width in widths])
-    text = "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+        line = {"arm": arm}
+        for row in summary:
+            if row["arm"] == arm:
+                line[f"equal {row['budget']}"] = _plus_minus(row["mean"], row["spread"])
+                if arm != control:
+                    line[f"{row['budget']}: from dense"] = _plus_minus(row["difference"], row["paired_spread"], "+")
+        lines.append(line | _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])]))
+    columns = ["arm"]
+    for budget in budgets:
+        columns += [f"equal {budget}", f"{budget}: from dense"]
+    columns += list(_routing_cells([]))
+    columns = [name for name in columns if any(line.get(name) for line in lines)]
+    cells = [columns] + [[line.get(name, "") for name in columns] for line in lines]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    cells.insert(1, ["-" * width for width in widths])
+    text = "\n".join("| " + " | ".join(c.ljust(width) for c, width in zip(row, widths)) + " |" for row in cells)
     if "shared_within" in result and len(budgets) > 1:
         text += f"\n\nBudgets whose updates differ by no more than {result['shared_within']:.0%} share one run."
     return text
@@ -541,21 +556,21 @@ def _plus_minus(mean: float, spread: float, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + ("" if spread != spread else f" ± {spread:.4f}")
 
 
-def _routing_cells(rows: Sequence[dict]) -> list[str]:
-    """max load, dead, JSD, experts per token, dropped: means over `rows`, empty where they are not known."""
+def _routing_cells(rows: Sequence[dict]) -> dict[str, str]:
+    """The routing columns of `overview`: means over `rows`, empty where they are not known."""
 
     def cell(name, over_layers, style):
         values = [over_layers(row[name]) for row in rows if row.get(name) and None not in row[name]]
         return format(statistics.mean(values), style) if values else ""
 
     mean = statistics.mean
-    return [
-        cell("max_load", max, ".2f"),
-        cell("dead_experts", sum, ".1f"),
-        cell("jsd", mean, ".3f"),
-        cell("experts_per_token", mean, ".2f"),
-        cell("dropped", mean, ".1%"),
-    ]
+    return {
+        "max load": cell("max_load", max, ".2f"),
+        "dead": cell("dead_experts", sum, ".1f"),
+        "JSD": cell("jsd", mean, ".3f"),
+        "experts": cell("experts_per_token", mean, ".2f"),
+        "dropped": cell("dropped", mean, ".1%"),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
