@@ -28,6 +28,7 @@ _HOME = {
     "continued": ["continue_pretraining"],
     "diagnosis": ["load_report", "evaluate_routing", "diagnose_router"],
     "explorer": ["TokenExplorer", "TrainingPlayback", "WhatIf", "CompareRouting"],
+    "selection": ["select", "score_documents", "Selection", "quotas"],
     "series": ["load_series"],
     "routing": ["record_routing", "RoutingTrace"],
     "report": ["save_report"],

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -207,14 +208,25 @@ class TokenStream:
     """All documents of a split, one after the other, as token ids in a memory-mapped file.
 
     `tokens` are the ids (uint16 where the vocabulary allows, else uint32), `document_lengths` the tokens of each
-    document with its bos and eos, `vocab_size` is V, `key` names the content (tokenizer and texts).
+    document with its bos and eos, `vocab_size` is V, `key` names the content (tokenizer and texts). `document_ids` are
+    the documents' numbers among the rows that they were taken from (default: 0, 1, 2, …).
     """
 
-    def __init__(self, tokens: np.ndarray, document_lengths: np.ndarray, vocab_size: int, key: str):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        document_lengths: np.ndarray,
+        vocab_size: int,
+        key: str,
+        document_ids: np.ndarray | None = None,
+    ):
         self.tokens = tokens
         self.document_lengths = document_lengths
         self.vocab_size = vocab_size
         self.key = key
+        self.document_ids = np.arange(len(document_lengths)) if document_ids is None else document_ids
+        if len(self.document_ids) != len(document_lengths):
+            raise ValueError(f"{len(self.document_ids)} ids for {len(document_lengths)} documents; give one for each")
 
     @classmethod
     def from_ids(cls, ids: Sequence[int], vocab_size: int) -> TokenStream:
@@ -282,15 +294,32 @@ class TokenStream:
         A pure function of the stream, `seed` and `step`, so a resumed run draws what the first would have drawn.
         Raises ValueError if the stream is shorter than one window with its targets, `seq_len + 1` tokens.
         """
+        starts_B = self._random_starts(batch_size, seq_len, seed, step)
+        return _tokens_and_targets(self.tokens[starts_B[:, None] + np.arange(seq_len + 1)])
+
+    def random_document_ids(self, batch_size: int, seq_len: int, *, seed: int, step: int) -> np.ndarray:
+        """The ids, sorted, of the documents that `random_windows` of the same arguments shows, targets included."""
+        starts_B = self._random_starts(batch_size, seq_len, seed, step)
+        return np.unique(np.concatenate([self.documents_at(start, start + seq_len + 1) for start in starts_B]))
+
+    def documents_at(self, start: int, stop: int) -> np.ndarray:
+        """The ids of the documents that have tokens at the positions start..stop-1 of the stream."""
+        first = np.searchsorted(self._ends, start, side="right")
+        last = np.searchsorted(self._ends, stop - 1, side="right")
+        return self.document_ids[first : last + 1]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.document_lengths)
+
+    def _random_starts(self, batch_size: int, seq_len: int, seed: int, step: int) -> np.ndarray:
         _check_sizes(batch_size, seq_len)
         if len(self) < seq_len + 1:
             raise ValueError(
                 f"the stream has {len(self)} tokens, but one window with its targets needs seq_len + 1 = "
                 f"{seq_len + 1}: give more text or choose a smaller seq_len"
             )
-        rng = np.random.default_rng((seed, step))
-        starts_B = rng.integers(0, len(self) - seq_len, size=batch_size)
-        return _tokens_and_targets(self.tokens[starts_B[:, None] + np.arange(seq_len + 1)])
+        return np.random.default_rng((seed, step)).integers(0, len(self) - seq_len, size=batch_size)
 
     def windows(self, batch_size: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Consecutive windows (tokens_BT, targets_BT) in which each token but the first is a target exactly once.
