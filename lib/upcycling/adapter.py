@@ -72,7 +72,7 @@ class TransformersLM(nn.Module):
         DeepSeek-V3's balance loss (arXiv:2412.19437, eq. 18). Both carry the gradient. Ids and weights are the model's.
         """
         DecoderLM._check(self, tokens_BT, 0)
-        found: dict[int, Routing] = {}
+        found = {}
         with ExitStack() as hooks:  # for this call alone: a block that is recomputed in the backward pass calls none
             for router in self.routers:
                 hooks.callback(router.module.register_forward_hook(_collector(router, found)).remove)
@@ -81,7 +81,7 @@ class TransformersLM(nn.Module):
         loss = None
         if targets_BT is not None:
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
-        return LMOutput(logits_BTV, loss, [found[router.layer] for router in self.routers])
+        return LMOutput(logits_BTV, loss, [_routing(router, found[router.layer]) for router in self.routers])
 
     def objective(self, output: LMOutput) -> Tensor:
         """What training minimises: the loss plus aux_weight times the sum of the layers' balance losses."""
@@ -108,10 +108,14 @@ class TransformersLM(nn.Module):
 
 
 def _collector(router: Router, found: dict):
-    def hook(module, args, output):
-        logits_NE, weights_NK, expert_ids_NK = unpack(router, output)
-        probabilities_NE = router.probabilities(logits_NE)
-        probabilities_NE = probabilities_NE / probabilities_NE.sum(-1, keepdim=True)
-        found[router.layer] = Routing(logits_NE.float(), probabilities_NE, expert_ids_NK, weights_NK)
+    def hook(module, args, output):  # no arithmetic here: blocks that are recomputed would miss it the second time
+        found[router.layer] = unpack(router, output)
 
     return hook
+
+
+def _routing(router: Router, output: tuple[Tensor, Tensor, Tensor]) -> Routing:
+    logits_NE, weights_NK, expert_ids_NK = output
+    probabilities_NE = router.probabilities(logits_NE)
+    probabilities_NE = probabilities_NE / probabilities_NE.sum(-1, keepdim=True)
+    return Routing(logits_NE.float(), probabilities_NE, expert_ids_NK, weights_NK)

@@ -9,17 +9,20 @@ Shapes: L MoE layers.
 
 from __future__ import annotations
 
+import argparse
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from .adapter import TransformersLM, as_decoder_lm, block_size
-from .config import TrainConfig
+from .config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 from .diagnosis import (
     Diagnosis,
     RoutingEvaluation,
@@ -239,3 +242,76 @@ def _balance_weight(model, aux_weight: float | None):
         yield
     finally:
         model.config = config
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+EXAMPLE = """\
+example:
+  python -m upcycling ./my-llama ./my-mixtral --experts 8
+  python -m upcycling.continued ./my-mixtral ./trained --corpus stories.jsonl --steps 1000 \\
+      --optimizer adafactor --schedule inverse_sqrt --warmup-steps 100 --learning-rate 1e-3
+
+An interrupted run is continued by the same command."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train a folder's transformers MoE on a corpus, write it to another folder, print the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m upcycling.continued",
+        description="Continue the pretraining of a transformers MoE, for instance one made by python -m upcycling.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder with safetensors weights and tokenizer.json")
+    add("out", metavar="OUT", help="the new folder; what an interrupted run needs is kept in OUT/training")
+    add("--corpus", default="worlds", help="file, folder or name, see load_corpus; it is split by document")
+    add("--documents", type=int, metavar="N", help="take the corpus's first N documents only")
+    add("--parameters", choices=PARAMETERS, default="all", help="what to train (default: all)")
+    add("--block", type=int, metavar="T", help="tokens in a sequence (default: 256, or the context if shorter)")
+    add("--aux-weight", type=float, metavar="W", help="of the balance loss of each layer (default: 0.01)")
+    add("--beta", type=float, default=1.0, help="weight of imbalance in the balanced perplexity (default: 1)")
+    add("--steps", type=int, required=True, metavar="N", help="optimizer updates")
+    add("--optimizer", choices=OPTIMIZERS)
+    add("--schedule", choices=SCHEDULES)
+    add("--precision", choices=PRECISIONS)
+    for name in ("learning_rate", "weight_decay"):
+        add(f"--{name.replace('_', '-')}", type=float)
+    for name in ("warmup_steps", "batch_size", "accumulation", "eval_every", "checkpoint_every", "seed"):
+        add(f"--{name.replace('_', '-')}", type=int)
+    options = vars(parser.parse_args(arguments))
+    given = {name: options[name] for name in TrainConfig.__dataclass_fields__ if options.get(name) is not None}
+    ours = {name: options[name] for name in ("parameters", "block", "aux_weight", "beta")}
+    try:
+        print(_continue_folder(options["model"], options["out"], options["corpus"], options["documents"], given, ours))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options['out']}")
+    return 0
+
+
+def _continue_folder(folder, out, corpus, documents, settings: dict, ours: dict) -> ContinuedResult:
+    """Load, tokenize, train, save. The weights are trained in float32 and saved in the dtype that they came in."""
+    from .corpus import load_corpus
+    from .pretrained import load_dense, read_config
+    from .tokens import load_tokenizer
+    from .weight_files import load_tokenizer as load_transformers_tokenizer
+
+    out, config = Path(out), TrainConfig(**settings)
+    if out.resolve() == Path(folder).resolve():
+        raise ValueError(f"{out} is the model's own folder; give a new one")
+    model = load_dense(folder, torch.float32)  # any causal model's folder
+    dtype = read_config(folder).dtype
+    splits = load_corpus(corpus, documents=documents)
+    tokenizer = load_tokenizer(folder)
+    streams = [TokenStream.build(splits[name], tokenizer, out / "training") for name in ("train", "validation")]
+    result = continue_pretraining(model, *streams, config, directory=out / "training", **ours)
+    model.to(dtype or torch.float32).save_pretrained(out)
+    load_transformers_tokenizer(folder).save_pretrained(out)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

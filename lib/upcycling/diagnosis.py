@@ -218,14 +218,17 @@ def evaluate_routing(
             count = int(real_N.sum())
             total, tokens = total + out.loss.item() * count, tokens + count
             for i, routing in enumerate(out.routings):
-                ids_NK, probabilities_NE = routing.expert_ids_NK[real_N], routing.probabilities_NE[real_N].double()
-                counts_LE[i] += torch.bincount(ids_NK.flatten(), minlength=num_experts).cpu()
+                probabilities_NE, chosen_NK = routing.probabilities_NE[real_N].double(), real_N[:, None]
+                if routing.kept_NK is not None:  # a rule whose number of experts varies, or a full expert
+                    chosen_NK = chosen_NK & routing.kept_NK
+                ids = routing.expert_ids_NK[chosen_NK.expand_as(routing.expert_ids_NK)]
+                counts_LE[i] += torch.bincount(ids, minlength=num_experts).cpu()
                 probability_LE[i] += probabilities_NE.sum(0).cpu()
                 confidence = [router_margin(probabilities_NE).sum(), router_entropy(probabilities_NE).sum()]
                 confidence_L2[i] += torch.stack(confidence).cpu()
     finally:
         model.train(was_training)
-    load_LE, (margin_L, entropy_L) = counts_LE / (tokens * top_k), (confidence_L2 / tokens).unbind(1)
+    load_LE, (margin_L, entropy_L) = counts_LE / counts_LE.sum(-1, keepdim=True), (confidence_L2 / tokens).unbind(1)
     aux_loss_L = num_experts * (load_LE * probability_LE / tokens).sum(-1)
     report = LoadReport(tuple(layers), load_LE, tokens, top_k)
     return RoutingEvaluation(total / tokens, report, aux_loss_L, margin_L, entropy_L, beta)

@@ -11,6 +11,7 @@ loss), `history.jsonl`.
 import importlib.util
 import json
 import math
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -417,7 +418,8 @@ def _accelerator(config, directory):
 
 def _optimizer(model, config, device):
     parameters = [item for item in model.named_parameters() if item[1].requires_grad]
-    matrices = [p for name, p in parameters if p.ndim > 1 and not name.split(".")[-1].startswith("b_")]
+    bias = re.compile(r"(^|\.)b_\w+$|bias$")
+    matrices = [p for name, p in parameters if p.ndim > 1 and not bias.search(name)]
     rest = [p for _, p in parameters if not any(p is matrix for matrix in matrices)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
