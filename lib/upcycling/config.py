@@ -104,6 +104,11 @@ class MoEConfig:
             from .routers import as_router
 
             object.__setattr__(self, "router", as_router(self.router))
+            if self.noisy and self.balance == "importance" and self.router.kind != "top_k":
+                raise ValueError(
+                    f"balance='importance' with noisy=True adds Shazeer's smooth load, which is that of softmax top-k, "
+                    f"not of router={self.router.kind!r}; choose another balance, router=None or noisy=False"
+                )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} but there are {self.num_experts} experts; choose 1..{self.num_experts}"

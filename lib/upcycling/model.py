@@ -270,7 +270,7 @@ class DecoderLM(nn.Module):
         moe = self.config.moe
         if moe is None or moe.router is None or not moe.router.moves:
             return None
-        return torch.stack([expert_counts(routing) for routing in output.routings])
+        return torch.stack([expert_counts(routing, wanted=True) for routing in output.routings])
 
     def after_update(self, counts_LE: Tensor, tokens: int) -> None:
         """Let each layer's routing rule move what it remembers, after an optimizer update over `tokens` tokens."""

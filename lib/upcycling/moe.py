@@ -39,7 +39,8 @@ class Routing:
     weights_NK: Tensor  # combine weights; each row sums to 1 when renormalised
     kept_NK: Tensor | None = None  # bool; None: all are kept
     computes_all: bool = False  # experts that are not kept are computed too, for the router's gradient
-    dropped: Tensor | None = None  # the fraction of choices that found their expert full (capacity)
+    wanted_NK: Tensor | None = None  # with a capacity: what kept_NK was before full experts turned some away,
+    dropped: Tensor | None = None  # and the fraction of choices that they turned away
     penalty: Tensor | None = None  # a term that the rule adds to the objective, already weighted
     clean_logits_NE: Tensor | None = None  # noisy routers in training: the logits before the noise,
     noise_std_NE: Tensor | None = None  # and the noise's standard deviation
@@ -62,15 +63,19 @@ def route(logits_NE: Tensor, top_k: int, renormalize: bool = True) -> Routing:
     return Routing(logits_NE, probabilities_NE, expert_ids_NK, weights_NK)
 
 
-def expert_load(routing: Routing) -> Tensor:
-    """load_E: the fraction of all choices that each expert received; sums to 1."""
-    counts_E = expert_counts(routing).to(routing.probabilities_NE.dtype)
+def expert_load(routing: Routing, wanted: bool = False) -> Tensor:
+    """load_E: the fraction of all choices that each expert received; sums to 1. `wanted`: see `expert_counts`."""
+    counts_E = expert_counts(routing, wanted).to(routing.probabilities_NE.dtype)
     return counts_E / counts_E.sum().clamp(min=1)
 
 
-def expert_counts(routing: Routing) -> Tensor:
-    """counts_E: how many of the choices that were kept fell on each expert."""
-    ids = routing.expert_ids_NK if routing.kept_NK is None else routing.expert_ids_NK[routing.kept_NK]
+def expert_counts(routing: Routing, wanted: bool = False) -> Tensor:
+    """counts_E: how many of the choices that were kept fell on each expert.
+
+    With `wanted` those that a capacity dropped count, too: balancing must see the demand, not what full experts left.
+    """
+    chosen_NK = routing.wanted_NK if wanted and routing.wanted_NK is not None else routing.kept_NK
+    ids = routing.expert_ids_NK if chosen_NK is None else routing.expert_ids_NK[chosen_NK]
     return torch.bincount(ids.flatten(), minlength=routing.probabilities_NE.shape[-1])
 
 
@@ -94,7 +99,7 @@ def aux_loss(routing: Routing) -> Tensor:
         K     transformers (Mixtral, Qwen-MoE, OLMoE): each choice counts as a whole token; all layers are pooled
         1/K   codes that average over the K choices once more
     """
-    load_E, mean_probability_E = expert_load(routing), routing.probabilities_NE.mean(0)
+    load_E, mean_probability_E = expert_load(routing, wanted=True), routing.probabilities_NE.mean(0)
     return load_E.numel() * (load_E * mean_probability_E).sum()
 
 
@@ -104,7 +109,7 @@ def pooled_aux_loss(routings: list[Routing]) -> Tensor:
     Loads and probabilities are averaged over the layers before they are multiplied, so layers that collapse on
     different experts cancel: four layers, each on an expert of its own out of four, give 1. For comparison only.
     """
-    load_E = torch.stack([expert_load(routing) for routing in routings]).mean(0)
+    load_E = torch.stack([expert_load(routing, wanted=True) for routing in routings]).mean(0)
     mean_probability_E = torch.stack([routing.probabilities_NE.mean(0) for routing in routings]).mean(0)
     return load_E.numel() * (load_E * mean_probability_E).sum()
 
@@ -119,9 +124,11 @@ def sequence_aux_loss(routing: Routing, sequences: int) -> Tensor:
     n, e = routing.probabilities_NE.shape
     if n % sequences:
         raise ValueError(f"{n} tokens are not {sequences} sequences of equal length")
-    chosen_NK = torch.ones_like(routing.weights_NK) if routing.kept_NK is None else routing.kept_NK
+    chosen_NK = routing.kept_NK if routing.wanted_NK is None else routing.wanted_NK
+    if chosen_NK is None:
+        chosen_NK = torch.ones_like(routing.expert_ids_NK)
     chosen_NE = torch.zeros_like(routing.probabilities_NE)
-    chosen_NE = chosen_NE.scatter_add(1, routing.expert_ids_NK, chosen_NK.to(chosen_NE.dtype)).detach()
+    chosen_NE = chosen_NE.scatter_add(1, routing.expert_ids_NK, chosen_NK.to(chosen_NE.dtype))
     counts_BE = chosen_NE.view(sequences, -1, e).sum(1)
     load_BE = counts_BE / counts_BE.sum(-1, keepdim=True).clamp(min=1)
     mean_probability_BE = routing.probabilities_NE.view(sequences, -1, e).mean(1)
@@ -153,6 +160,7 @@ def load_loss(routing: Routing) -> Tensor:
         return noisy_NE.new_zeros(())
     chosen_NE = noisy_NE >= best_NK1[:, k - 1 : k]
     threshold_NE = torch.where(chosen_NE, best_NK1[:, k : k + 1], best_NK1[:, k - 1 : k])
+    threshold_NE = threshold_NE.clamp(min=-1e4)  # -inf where expert dropout leaves K: nothing can push those out
     distance_NE = (routing.clean_logits_NE - threshold_NE) / routing.noise_std_NE
     return _squared_variation(torch.special.ndtr(distance_NE).sum(0))
 
@@ -274,9 +282,14 @@ def experts_sorted(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
 def limit_capacity(routing: Routing, factor: float) -> Routing:
     """The routing in which each expert takes no more than ceil(factor * choices / E); what comes later is dropped.
 
-    Tokens are served in the order of the batch and each token's best choice first, as in GShard (Lepikhin et al.
-    2020, arXiv:2006.16668), algorithm 1. A dropped choice gets weight 0 and the others are not rescaled: a token that
-    loses all of them keeps only the residual stream. `routing.dropped` is the fraction of choices lost.
+    All tokens' first choices are served in the order of the batch, then all second ones, as in GShard (Lepikhin et al.
+    2020, arXiv:2006.16668), algorithm 1; rules whose choices are not listed best first are served in token order. A
+    dropped choice gets weight 0 and the others are not rescaled: a token that loses all of them keeps only the residual
+    stream. `routing.dropped` is the fraction of choices lost.
+
+    What is dropped depends on the rest of the batch. With K=1 that is on earlier tokens alone; with K of 2 or more a
+    later token's first choice goes before an earlier one's second, and where K varies the capacity itself depends on
+    all choices: then the future leaks into the past. A token by itself never finds an expert full (factor >= 1/K).
     """
     n, k = routing.expert_ids_NK.shape
     num_experts = routing.probabilities_NE.shape[-1]
@@ -286,8 +299,13 @@ def limit_capacity(routing: Routing, factor: float) -> Routing:
     chosen_ME = F.one_hot(ids_KN, num_experts) * made_KN.unsqueeze(-1)
     place_M = (chosen_ME.cumsum(0) * chosen_ME).sum(-1)  # the how-manieth for its expert, from 1
     kept_NK = (made_KN & (place_M <= capacity)).view(k, n).t()
-    dropped = 1 - kept_NK.sum() / made_NK.sum().clamp(min=1)
-    return replace(routing, kept_NK=kept_NK, weights_NK=routing.weights_NK * kept_NK, dropped=dropped)
+    lost_NK, weights_NK = made_NK & ~kept_NK, routing.weights_NK
+    if routing.computes_all:  # the weight goes, the gradient stays
+        weights_NK = torch.where(lost_NK, weights_NK - weights_NK.detach(), weights_NK)
+    else:
+        weights_NK = weights_NK * kept_NK
+    dropped = lost_NK.sum() / made_NK.sum().clamp(min=1)
+    return replace(routing, kept_NK=kept_NK, weights_NK=weights_NK, wanted_NK=made_NK, dropped=dropped)
 
 
 class MoELayer(nn.Module):

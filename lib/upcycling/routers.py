@@ -129,11 +129,13 @@ class SelectionBias(Router):
     def route(self, logits_NE, top_k, renormalize=True, *, training=False, state=None, tokens_N=None) -> Routing:
         logits_NE = _at_least_float(logits_NE)
         scores_NE = logits_NE.sigmoid()
-        expert_ids_NK = (scores_NE + state["selection_bias_E"]).topk(top_k, dim=-1).indices
+        biased_NE = (scores_NE + state["selection_bias_E"]).masked_fill(logits_NE == -torch.inf, -torch.inf)
+        expert_ids_NK = biased_NE.topk(top_k, dim=-1).indices
         weights_NK = scores_NE.gather(-1, expert_ids_NK)
         if renormalize:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-        return Routing(logits_NE, scores_NE / scores_NE.sum(-1, keepdim=True), expert_ids_NK, weights_NK)
+            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp(min=1e-20)
+        p_NE = scores_NE / scores_NE.sum(-1, keepdim=True).clamp(min=1e-20)
+        return Routing(logits_NE, p_NE, expert_ids_NK, weights_NK)
 
     def after_update(self, state, counts_E, tokens, top_k) -> None:
         counts_E = counts_E.to(state["selection_bias_E"].dtype)
@@ -145,8 +147,10 @@ class StraightThrough(Router):
     """The K best are used, but the router learns from all experts. DenseMixer (Yao et al. 2025).
 
     The forward pass is that of softmax top-k. In the backward pass the selection counts as the identity, so that every
-    probability gets the gradient that its expert's output earned. All E experts are computed: training costs E/K as
-    many expert FLOPs; in evaluation only the K best are.
+    probability gets the gradient that its expert's output earned, divided by the sum of the K best if renormalised.
+    (The released code then lets the K best go through the division, and only them; its authors' comment there names
+    this form as the one it should be.) All E experts are computed: training costs E/K as many expert FLOPs; in
+    evaluation only the K best are.
     """
 
     kind: str = field(default="straight_through", init=False)
@@ -158,7 +162,8 @@ class StraightThrough(Router):
         p_NE = best.probabilities_NE
         used_NE = torch.zeros_like(p_NE).scatter(1, best.expert_ids_NK, best.weights_NK.detach())
         kept_NE = torch.zeros_like(p_NE, dtype=torch.bool).scatter(1, best.expert_ids_NK, True)
-        weights_NE = used_NE + (p_NE - p_NE.detach())
+        scale_N1 = p_NE.detach().gather(1, best.expert_ids_NK).sum(-1, keepdim=True) if renormalize else 1
+        weights_NE = used_NE + (p_NE - p_NE.detach()) / scale_N1
         return Routing(best.logits_NE, p_NE, _every_expert(p_NE), weights_NE, kept_NE, computes_all=True)
 
 
@@ -185,11 +190,13 @@ class TopP(Router):
         p_NE = logits_NE.softmax(-1)
         sorted_NE, ids_NE = p_NE.sort(dim=-1, descending=True, stable=True)
         before_NE = torch.cat([torch.zeros_like(sorted_NE[:, :1]), sorted_NE.cumsum(-1)[:, :-1]], dim=-1)
-        kept_NE = before_NE < self.threshold  # the first is always kept
+        kept_NE = (before_NE < self.threshold) & (sorted_NE > 0)  # the first is always kept
         weights_NE = sorted_NE * kept_NE
         if renormalize:
             weights_NE = weights_NE / weights_NE.sum(-1, keepdim=True)
-        penalty = self.entropy_weight * torch.special.entr(p_NE).sum(-1).mean() if self.entropy_weight else None
+        penalty = None
+        if self.entropy_weight:  # clamped, for the slope of -p log p at 0 is infinite
+            penalty = self.entropy_weight * torch.special.entr(p_NE.clamp(min=1e-20)).sum(-1).mean()
         return Routing(logits_NE, p_NE, ids_NE, weights_NE, kept_NE, penalty=penalty)
 
 
@@ -279,7 +286,7 @@ class ExpertChoice(Router):
         p_NE = logits_NE.softmax(-1)
         n, e = p_NE.shape
         tokens_CE = p_NE.topk(max(1, round(n * top_k / e)), dim=0).indices
-        kept_NE = torch.zeros_like(p_NE, dtype=torch.bool).scatter(0, tokens_CE, True)
+        kept_NE = torch.zeros_like(p_NE, dtype=torch.bool).scatter(0, tokens_CE, True) & (p_NE > 0)
         weights_NE = p_NE * kept_NE
         if renormalize:
             weights_NE = weights_NE / weights_NE.sum(-1, keepdim=True).clamp(min=1e-20)
