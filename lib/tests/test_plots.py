@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgba
 
-from upcycling.plots import COLOURS, history_curve, plot_arms, plot_load, plot_losses
+from upcycling.plots import COLOURS, history_curve, plot_arms, plot_comparison, plot_load, plot_losses
 
 CURVES = {"dense": [(0, 3.0), (10, 2.0)], "MoE": [(10, 2.0), (20, 1.5)], "control": [(10, 2.0), (20, 1.8)]}
 
@@ -95,6 +95,41 @@ def test_arms_name_the_floor_without_squeezing_the_dots():
     assert "entropy floor 0.50" in axes.get_ylabel()
     assert axes.get_ylim()[0] > 1.9, "the axis shows the seeds' scatter, not the way down to the floor"
     assert "2.010" in texts(axes), "the mean, in figures"
+
+
+def test_comparison():
+    rows = [
+        dict(arm=arm, budget=budget, seed=seed, updates=9, val_loss=loss + seed / 10)
+        for arm, budget, loss in (
+            ("base", "tokens", 2.0),
+            ("copy", "tokens", 1.0),
+            ("drop", "tokens", 1.2),
+            ("copy", "FLOPs", 1.5),
+        )
+        for seed in (0, 1, 2)
+    ]
+    figure = plot_comparison(dict(rows=rows, floor=0.5, control="base"), title="Arms")
+    tokens, flops = figure.axes
+    assert (tokens.get_title(), flops.get_title()) == ("equal tokens", "equal FLOPs")
+    assert [label.get_text() for label in tokens.get_yticklabels()] == ["base", "copy", "drop"]
+    assert tokens.get_ylim()[0] > tokens.get_ylim()[1], "the first arm is on top"
+    assert tokens.get_shared_x_axes().joined(tokens, flops)
+    means = [(container[0].get_xdata()[0], container[0].get_ydata()[0]) for container in tokens.containers]
+    assert means == [(pytest.approx(2.1), 0), (pytest.approx(1.1), 1), (pytest.approx(1.3), 2)]
+    (bar,) = tokens.containers[1][2][0].get_segments()
+    assert bar[:, 0].tolist() == pytest.approx([1.0, 1.2]), "one standard deviation to each side"
+    dots = [c.get_offsets()[:, 0].tolist() for c in tokens.collections if len(c.get_offsets()) == 3]
+    assert dots == [pytest.approx([loss, loss + 0.1, loss + 0.2]) for loss in (2.0, 1.0, 1.2)]
+    (band,) = tokens.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((2.0, 2.2)), "the dense control's spread"
+    assert not flops.patches and len(flops.containers) == 1, "an arm without rows at a budget leaves its place empty"
+    assert "entropy floor 0.50" in figure.get_supxlabel() and figure.get_suptitle() == "Arms"
+
+
+def test_comparison_of_one_seed_without_a_control():
+    rows = [dict(arm="copy", budget="tokens", seed=0, updates=9, val_loss=1.0)]
+    (axes,) = plot_comparison(dict(rows=rows, floor=None, control=None)).axes
+    assert not axes.patches and axes.containers[0][0].get_xdata()[0] == 1.0
 
 
 def test_load():

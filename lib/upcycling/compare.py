@@ -9,7 +9,7 @@ the reference arm costs in the second phase (an arm from scratch gets the parent
 
     tokens    the same number of updates
     FLOPs     updates scaled by the matrix products of one update, forward and backward, counted as they are executed
-    seconds   updates scaled by the CPU seconds of one update, all arms in turn, one thread, medians
+    seconds   updates scaled by the CPU seconds of one update: one thread, all arms in turn, medians
 
 FLOPs and seconds are those of an arm as it begins; a rule with a variable number of experts may cost less or more
 later. Runs and measured seconds are kept under `artifacts/`, so an interrupted comparison goes on where it stopped.
@@ -170,7 +170,7 @@ def update_flops(model: DecoderLM, tokens_BT, targets_BT) -> int:
     return counter.get_total_flops()
 
 
-def costs(series: Series, arms: Sequence[Arm], rounds: int = 40) -> dict[str, dict[str, float]]:
+def costs(series: Series, arms: Sequence[Arm], rounds: int = 80) -> dict[str, dict[str, float]]:
     """{arm: {budget: what one of its updates costs in dense updates}}; arms of one configuration cost the same.
 
     The seconds are measured once for a configuration and kept under `artifacts/`: another measurement would ask for
@@ -191,9 +191,9 @@ def costs(series: Series, arms: Sequence[Arm], rounds: int = 40) -> dict[str, di
     }
     missing = [None] + [moe for moe, file in files.items() if not file.exists()]
     if len(missing) > 1:
-        medians = median_cpu_seconds([models[moe] for moe in missing], batches)
-        for moe, seconds in zip(missing[1:], medians[1:], strict=True):
-            write_text(files[moe], json.dumps({"seconds": seconds / medians[0]}))
+        measured = seconds_ratios([models[moe] for moe in missing], batches)
+        for moe, ratio in zip(missing[1:], measured[1:], strict=True):
+            write_text(files[moe], json.dumps({"seconds": ratio}))
     seconds = {moe: json.loads(file.read_text(encoding="utf-8"))["seconds"] for moe, file in files.items()}
     return {
         arm.name: {
@@ -205,18 +205,23 @@ def costs(series: Series, arms: Sequence[Arm], rounds: int = 40) -> dict[str, di
     }
 
 
-def median_cpu_seconds(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> list[float]:
-    """CPU seconds of an update of each model: medians over `batches` less the first two, in turn (it trains them)."""
+def seconds_ratios(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> list[float]:
+    """CPU seconds of an update of each model over those of the first: medians over `batches` less the first two.
+
+    All models take each batch in turn (which trains them), so that what else the machine does meets all of them.
+    """
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for model in models]
-    seconds = [[] for _ in models]
+    rounds = []
     for tokens_BT, targets_BT in batches:
-        for model, optimizer, times in zip(models, optimizers, seconds, strict=True):
+        seconds = []
+        for model, optimizer in zip(models, optimizers, strict=True):
             start = time.process_time()
             model.objective(model(tokens_BT, targets_BT)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            times.append(time.process_time() - start)
-    return [statistics.median(times[2:]) for times in seconds]
+            seconds.append(time.process_time() - start)
+        rounds.append([own / seconds[0] for own in seconds])
+    return [statistics.median(ratios) for ratios in zip(*rounds[2:], strict=True)]
 
 
 def updates_per_budget(
@@ -334,7 +339,7 @@ def compare(
     budgets: Sequence[str] = BUDGETS,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     *,
-    preset: str | Preset = "quick",
+    preset: str | Preset | None = None,
     corpus: str | None = None,
     workers: int = 1,
     reference: str | None = None,
@@ -345,12 +350,12 @@ def compare(
     The budget is what the arm named `reference` costs (default: the first MoE that starts from the parent). `out` is
     written after each run, so that a comparison which is stopped leaves its rows. A run that fails does not stop the
     others: it is in result["failed"] with its error. Runs that were made before are loaded. Raises ValueError for arms,
-    budgets or seeds that make no comparison.
+    budgets or seeds that make no comparison. `preset` and `corpus` are those of `load_series`, or a Preset itself.
     """
     arms, budgets, seeds = list(arms), list(budgets), list(seeds)
     reference = _checked(arms, budgets, seeds, reference)
-    preset = load_series(preset).preset if isinstance(preset, str) else preset
-    series = Series(preset, corpus or preset.corpus)
+    series = Series(preset, corpus or preset.corpus) if isinstance(preset, Preset) else load_series(preset, corpus)
+    preset = series.preset
     _ = series.train_stream, series.validation_stream, series.domain_streams()  # made once, before the processes start
     with one_thread(), torch.random.fork_rng(devices=[]):
         cost = costs(series, arms)

@@ -90,6 +90,52 @@ def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = "")
     return figure
 
 
+def plot_comparison(result: Mapping, title: str = ""):
+    """A comparison of many arms: a panel for each budget, a line for each arm, a dot per seed, mean ± deviation.
+
+    `result` is that of `upcycling.compare.compare` (or its JSON). The vertical band is the dense control, mean ± one
+    standard deviation, so that what lies left of it is better than training the dense model on.
+    """
+    import matplotlib.pyplot as plt
+
+    from .compare import losses, summarize
+
+    summary = summarize(result)
+    budgets = list(dict.fromkeys(row["budget"] for row in summary))
+    arms = list(dict.fromkeys(row["arm"] for row in summary))
+    control = result.get("control", "dense control")
+    figure, panels = plt.subplots(
+        1,
+        len(budgets),
+        figsize=(2.2 + 2.9 * len(budgets), 1.3 + 0.36 * len(arms)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, budget in zip(panels[0], budgets, strict=True):
+        for row in (row for row in summary if row["budget"] == budget):
+            y, is_control = arms.index(row["arm"]), row["arm"] == control
+            colour, spread = COLOURS[6 if is_control else 0], row["spread"] if row["spread"] == row["spread"] else 0
+            if is_control:
+                axes.axvspan(row["mean"] - spread, row["mean"] + spread, color="0.85", linewidth=0)
+                axes.axvline(row["mean"], color="0.5", linewidth=1)
+            dots = list(losses(result, row["arm"], budget).values())
+            axes.scatter(dots, [y + 0.22] * len(dots), s=12, color=colour, alpha=0.55, linewidth=0, zorder=3)
+            axes.errorbar(row["mean"], y, xerr=spread, fmt="sD"[is_control], ms=5, color=colour, capsize=3, zorder=4)
+        axes.set_title(f"equal {budget}")
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(range(len(arms)), arms)
+    panels[0][0].set_ylim(len(arms) - 0.4, -0.6)  # the first arm on top
+    floor = result.get("floor")
+    below = "" if floor is None else f"; entropy floor {floor:.2f}"
+    figure.supxlabel("validation loss (nats per token)" + below, fontsize=10)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
 def plot_load(loads_by_layer: Mapping[str, Sequence[float]], *, title: str = ""):
     """Share of the routed rows that each expert received, one row of bars for each name; the dashed line is even."""
     import matplotlib.pyplot as plt
