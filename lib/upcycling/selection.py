@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import write_text
+from .config import whole_number
 from .intervention import token_losses
 from .tokens import TokenStream, _batches, bos_eos, encode_documents, padded_batch
 
@@ -404,6 +405,7 @@ def select(
     not str, and for rows that cannot be read a second time.
     """
     strata = (strata,) if isinstance(strata, str) else tuple(strata)
+    budget = whole_number("budget", budget)
     _check_choice(rows, scores, budget, unit, order, near_duplicates, tokens_per_document)
     quotas({}, 0, allocation)  # an unknown name is said before the corpus is read
     names, stratum_N = _strata_of(rows, strata, column)
@@ -422,16 +424,18 @@ def select(
             stacklevel=2,
         )
 
-    queues = _queues(scores_N, stratum_N, len(names), order, seed)
+    by_stratum = np.split(np.argsort(stratum_N, kind="stable"), np.cumsum(np.bincount(stratum_N))[:-1])
+    tie_N = np.random.default_rng(seed).permutation(count)
+    queues = [_queue(documents[scored_N[documents]], scores_N, tie_N, order) for documents in by_stratum]
     unique = None if near_duplicates is None else _Unique(rows, column, near_duplicates)
-    chosen, passed_over, first_quotas = _fill(queues, cost_N, int(budget), allocation, unique)
+    chosen, passed_over, first_quotas = _fill(queues, cost_N, budget, allocation, unique)
     table = []
     for s, name in enumerate(names):
         documents = np.array(chosen[s], np.int64)
         table.append(
             dict(zip(strata, name))
             | {
-                "documents": int((stratum_N == s).sum()),
+                "documents": len(by_stratum[s]),
                 "available": len(queues[s]),
                 "quota": first_quotas[s],
                 "chosen": len(documents),
@@ -440,16 +444,17 @@ def select(
                 "mean_score": float(scores_N[documents].mean()) if len(documents) and scores is not None else None,
             }
         )
-    settings = {"rows": count, "budget": int(budget), "unit": unit, "strata": list(strata), "allocation": allocation}
+    settings = {"rows": count, "budget": budget, "unit": unit, "strata": list(strata), "allocation": allocation}
     settings |= {"order": order, "near_duplicates": near_duplicates, "seed": seed}
     return Selection(np.sort(np.concatenate(chosen).astype(np.int64)), table, settings)
 
 
 def documents_read(stream: TokenStream, config, seq_len: int, *, processes: int = 1) -> set[int]:
-    """The ids of all documents that `train(model, stream, _, config)` reads, `seq_len` being the model's context.
+    """The ids of all documents that `train(model, stream, _, config)` reads, or `continue_pretraining`.
 
-    It asks the stream for the windows that training asks it for, so an assertion on it catches a selection that was
-    made and then never trained on. Ids are row numbers (`TokenStream.document_ids`).
+    `seq_len` is the model's context, or the block; `processes` as many as torchrun started. It asks the stream for the
+    windows that training asks it for, so an assertion on it catches a selection that was made and then never trained
+    on. Ids are row numbers (`TokenStream.document_ids`).
     """
     batch_size = config.batch_size * config.accumulation * processes
     read = set()
@@ -459,8 +464,8 @@ def documents_read(stream: TokenStream, config, seq_len: int, *, processes: int 
 
 
 def _check_choice(rows, scores, budget, unit, order, near_duplicates, tokens_per_document) -> None:
-    if not isinstance(budget, int | np.integer) or budget < 1:
-        raise ValueError(f"budget={budget!r} must be a whole number of at least 1")
+    if budget < 1:
+        raise ValueError(f"budget={budget} {unit}: nothing could be chosen; give at least 1")
     for name, value, known in (("unit", unit, ("documents", "tokens")), ("order", order, ORDERS)):
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
@@ -504,21 +509,16 @@ def _strata_of(rows, strata: tuple[str, ...], column: str) -> tuple[list[tuple],
     return names, place[np.concatenate(numbers)]
 
 
-def _queues(scores_N, stratum_N, count: int, order: str, seed: int) -> list[np.ndarray]:
-    """The documents of each stratum that have a score, in the order in which they will be taken."""
-    tie_N = np.random.default_rng(seed).permutation(len(scores_N))
-    queues = []
-    for s in range(count):
-        documents = np.flatnonzero((stratum_N == s) & np.isfinite(scores_N))
-        key = scores_N[documents]
-        if order == "highest":
-            key = -key
-        elif order == "middle" and len(key):
-            key = np.abs(key - np.median(key))
-        elif order == "random":
-            key = np.zeros(len(key))
-        queues.append(documents[np.lexsort((tie_N[documents], key))])
-    return queues
+def _queue(documents, scores_N, tie_N, order: str) -> np.ndarray:
+    """The documents of a stratum in the order in which they will be taken."""
+    scores = scores_N[documents]
+    if order == "highest":
+        scores = -scores
+    elif order == "middle" and len(scores):
+        scores = np.abs(scores - np.median(scores))
+    elif order == "random":
+        scores = np.zeros(len(scores))
+    return documents[np.lexsort((tie_N[documents], scores))]
 
 
 def _fill(queues, cost_N, budget: int, allocation: str, unique) -> tuple[list[list[int]], list[int], dict]:
