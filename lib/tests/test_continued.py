@@ -40,7 +40,7 @@ TRAIN, VALIDATION = make_stream(2000, 0), make_stream(500, 1)
 def hf_moe(kind="llama", top_k=2, router_std=0.5, **changes):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **TINY | changes)
-    dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return upcycle_pretrained(dense, E, top_k, router_std=router_std, init="noise", noise=0.1)
 
 
@@ -68,7 +68,7 @@ KINDS = pytest.mark.parametrize("make", [our_moe, hf_moe], ids=["ours", "transfo
 @KINDS
 @pytest.mark.parametrize(
     "optimizer,schedule,rate",
-    [("adafactor", "inverse_sqrt", 5e-2), ("adamw", "cosine", 1e-2)],
+    [("adafactor", "inverse_sqrt", 8e-2), ("adamw", "cosine", 1e-2)],
     ids=["adafactor", "adamw"],
 )
 def test_both_kinds_learn_under_both_recipes(make, optimizer, schedule, rate):
@@ -77,7 +77,7 @@ def test_both_kinds_learn_under_both_recipes(make, optimizer, schedule, rate):
         steps=30, accumulation=2, optimizer=optimizer, schedule=schedule, learning_rate=rate, warmup_steps=5
     )
     result = run(model, config)
-    assert result.before.cross_entropy > 3.5 and result.after.cross_entropy < 2.5
+    assert result.before.cross_entropy > 4 and result.after.cross_entropy < 2.7
     assert result.training.final_loss == pytest.approx(result.after.cross_entropy, rel=1e-5)
     assert result.training.history[-1]["tokens"] == 30 * 2 * 4 * T and result.block == T
     assert not model.training
@@ -139,7 +139,9 @@ def test_a_run_resumes_where_it_stopped_and_not_with_another_balance_weight(tmp_
 def test_what_was_trained_loads_without_this_library(tmp_path):
     model = hf_moe()
     run(model, make_config(gradient_checkpointing=True, precision="bf16"))
-    assert not model.is_activation_checkpointing and not any(m._forward_hooks for m in model.modules())
+    hooks = [hook for part in model.modules() for hook in part._forward_hooks.values()]
+    assert not any(hook.__module__ == "upcycling.adapter" for hook in hooks)  # transformers leaves some of its own
+    assert not model.is_activation_checkpointing
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
@@ -174,7 +176,7 @@ FAMILIES = {  # dense family -> what probability of an expert its balance loss s
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_balance_loss_is_each_layers_own_and_moves_its_router(kind, checkpointing):
-    model = hf_moe(kind)
+    model = hf_moe(kind, attention_dropout=0.0)
     adapter = TransformersLM(model).train()
     adapter.gradient_checkpointing = checkpointing
     assert model.is_activation_checkpointing == checkpointing
@@ -182,9 +184,9 @@ def test_the_balance_loss_is_each_layers_own_and_moves_its_router(kind, checkpoi
     gradients = torch.autograd.grad(out.aux_losses_L.sum(), [router_weights(r)[0] for r in adapter.routers])
     assert all(gradient.norm() > 1e-4 for gradient in gradients)
 
-    logits, inputs = [], []
+    logits = []
     hooks = [
-        router.module.register_forward_hook(lambda m, args, result: (inputs.append(args[0]), logits.append(result)))
+        router.module.register_forward_hook(lambda module, args, result: logits.append(result))
         for router in adapter.routers
     ]
     with torch.no_grad():
@@ -208,27 +210,23 @@ def test_an_even_router_has_a_balance_loss_of_1(kind):
     torch.testing.assert_close(out.aux_losses_L, torch.ones(2))
 
 
-def collapse(model):
-    """Send all tokens of a Mixtral's layer i to experts 2i and 2i + 1."""
-    with torch.no_grad():
-        for i, layer in enumerate(model.model.layers):
-            direction_D = layer.mlp.gate.weight.new_zeros(model.config.hidden_size)
-            layer.post_attention_layernorm.weight.zero_()[0] = 1.0
-            layer.mlp.gate.weight.zero_()
-            direction_D[0] = 50.0
-            layer.mlp.gate.weight[2 * i : 2 * i + 2] = direction_D
-    return model
-
-
 def test_layers_that_collapse_on_different_experts_cost_each_its_own():
-    model = collapse(hf_moe())
-    adapter = TransformersLM(model)
-    with torch.no_grad(), record_routing(model) as trace:
+    adapter = TransformersLM(hf_moe())
+
+    def send_all(router, first):
+        def hook(module, args, output):
+            logits_NE = torch.zeros_like(output[0])
+            logits_NE[:, first : first + 2] = 50.0
+            return router.rerouted(output, logits_NE)
+
+        router.module.register_forward_hook(hook)
+
+    for router, first in zip(adapter.routers, (0, 2)):
+        send_all(router, first)
+    with torch.no_grad():
         out = adapter(*next(VALIDATION.windows(4, T)))
-    # a token whose first feature is negative goes to the other two experts, in both layers alike
-    for layer in range(2):
-        load_E = trace.expert_ids[layer].flatten().bincount(minlength=E) / trace.expert_ids[layer].numel()
-        assert float(out.aux_losses_L[layer]) == pytest.approx(2 * float((load_E * 2).square().sum() / 2), rel=0.05)
+    torch.testing.assert_close(out.aux_losses_L, torch.tensor([2.0, 2.0]))  # E / K; pooled, both would look even
+    assert float(adapter.objective(out) - out.loss) == pytest.approx(0.01 * 4.0, rel=1e-4)
 
 
 def test_a_router_that_the_loss_cannot_move_is_named():
@@ -252,7 +250,11 @@ def test_a_router_that_the_loss_cannot_move_is_named():
 @pytest.mark.parametrize("kind", ["llama", "seed_oss"])
 def test_the_report_rests_on_the_whole_validation_set(kind):
     model = hf_moe(kind)
-    found = evaluate_routing(model, VALIDATION, batch_size=3, beta=0.5)
+    found = evaluate_routing(model.train(), VALIDATION, batch_size=3, beta=0.5)
+    assert model.training
+    model.eval()
+    assert evaluate_routing(model, VALIDATION, batch_size=3).cross_entropy == found.cross_entropy  # no dropout
+    assert not model.training
     tokens_BT, targets_BT = next(VALIDATION.windows(100, T))
     with torch.no_grad(), record_routing(model) as trace:
         log_p_NV = model(tokens_BT).logits.log_softmax(-1).flatten(0, 1)
@@ -378,9 +380,9 @@ def test_what_does_not_fit_is_refused_before_training(make, change, message, mon
 
 def test_models_that_cannot_be_continued_are_refused():
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-    with pytest.raises(ValueError, match="no MoE layer; upcycle it first, for instance with .*upcycle_pretrained"):
+    with pytest.raises(ValueError, match=r"no MoE layer; upcycle it first, for instance with .*upcycle_pretrained"):
         run(dense)
-    with pytest.raises(ValueError, match="no MoE layer; upcycle it first, for instance with .*upcycle$"):
+    with pytest.raises(ValueError, match=r"no MoE layer; upcycle it first, for instance with .*upcycle$"):
         run(DecoderLM(ModelConfig.smol(vocab_size=V, d_model=32, n_layers=1, n_heads=4, d_ff=48, seq_len=T)))
     with pytest.raises(ValueError, match="has no language-model head; load it with AutoModelForCausalLM"):
         run(hf_moe().model)

@@ -51,6 +51,7 @@ class TransformersLM(nn.Module):
         super().__init__()
         check_model(model, "this", " or a DecoderLM")
         self.model, self.routers = model, find_routers(model)
+        self.training = model.training
         if model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM.from_pretrained"
