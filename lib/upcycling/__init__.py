@@ -14,6 +14,8 @@ _HOME = {
     "moe": ["MoELayer", "Routing", "route", "aux_loss", "z_loss", "expert_load"],
     "model": ["DecoderLM"],
     "transfer": ["upcycle", "double", "router_rows"],
+    "moments": ["carry_moments"],
+    "jumps": ["initial_jumps"],
     "initialisation": ["Copy", "Noise", "Drop", "Permute", "Granular", "Partition"],
     "equivalence": ["check_equivalence", "check_causality"],
     "checkpoint": ["save_model", "load_model"],

@@ -289,10 +289,14 @@ def balanced_kmeans(rows_FD: Tensor, clusters: int, generator: torch.Generator, 
     return [torch.tensor(sorted(indices)) for indices in members]
 
 
+def weights_sum_to_1(moe: MoEConfig) -> bool:
+    """Do every token's combine weights sum to 1, so that experts that are copies give what one of them does?"""
+    return moe.renormalize if moe.router is None else moe.router.preserves_function(moe.renormalize)
+
+
 def _missing_weight(moe: MoEConfig) -> float:
     """1 where a token's combine weights sum to 1, else what equal probabilities lack: E / K."""
-    sums_to_1 = moe.renormalize if moe.router is None else moe.router.preserves_function(moe.renormalize)
-    return 1.0 if sums_to_1 else moe.num_experts / moe.top_k
+    return 1.0 if weights_sum_to_1(moe) else moe.num_experts / moe.top_k
 
 
 def _write_shards(ffn: FeedForward, layer: MoELayer, shards, inner: float, outer: float) -> None:

@@ -8,6 +8,7 @@ In `directory`: `latest.safetensors` (all that resuming needs), `best.safetensor
 loss), `history.jsonl`.
 """
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -46,6 +47,7 @@ def train(
     progress=True,
     callbacks=(),
     verbose=True,
+    optimizer_state=None,
 ) -> TrainResult:
     """Train `model` in place for `config.steps` optimizer updates and leave it in eval mode, on the device it came on.
 
@@ -68,6 +70,9 @@ def train(
     `callbacks` are called as `callback(step, model, row)` on the main process after each evaluation; one that has a
     method `due(step)` is called after the updates for which that is true, too (row is None where none was due).
 
+    `optimizer_state`, {parameter name: {key: tensor}}, is what AdamW remembers at the start, from an earlier run say
+    (`upcycling.moments.carry_moments`); parameters that it does not name start fresh.
+
     With a `directory` a killed run resumes where its last checkpoint stands, on a CPU bit for bit (on a GPU as exactly
     as its kernels repeat); a finished one returns its result at once. The caller's random state is left as it was.
 
@@ -81,7 +86,9 @@ def train(
     try:
         with _private_random_numbers(accelerator.device):
             torch.manual_seed(config.seed + accelerator.process_index)  # each process has its own dropout
-            run = _Run(accelerator, model, train_stream, validation_stream, config, seq_len, directory, resume)
+            run = _Run(
+                accelerator, model, train_stream, validation_stream, config, seq_len, directory, resume, optimizer_state
+            )  # fmt: skip
             return run.fit(progress, callbacks, verbose)
     finally:
         for tracker in accelerator.trackers:  # not end_training(), which would end the caller's process group, too
@@ -118,7 +125,9 @@ def evaluate(model, stream, *, batch_size=32, seq_len=None, accelerator=None) ->
 class _Run:
     """One call of `train`: the wrapped model, its optimizer and schedule, and where the run stands."""
 
-    def __init__(self, accelerator, model, train_stream, validation_stream, config, seq_len, directory, resume):
+    def __init__(
+        self, accelerator, model, train_stream, validation_stream, config, seq_len, directory, resume, optimizer_state
+    ):  # fmt: skip
         self.accelerator, self.model, self.config = accelerator, model, config
         self.seq_len = seq_len or model.config.seq_len
         self.train_stream, self.validation_stream = train_stream, validation_stream
@@ -133,6 +142,11 @@ class _Run:
         self.seconds = self.cpu_seconds = 0.0
         self.last_loss, self.val_loss, self.best_loss, self.saved_step = None, None, None, None
         self._new_row()
+        self.optimizer_key = None
+        if optimizer_state is not None:
+            if config.optimizer != "adamw":
+                raise ValueError(f"optimizer_state is AdamW's, but optimizer={config.optimizer!r}; choose 'adamw'")
+            self.optimizer_key = _set_optimizer_state(model, self.optimizer, optimizer_state)
         if self.directory is not None:
             self._open_directory(resume)
 
@@ -353,6 +367,8 @@ class _Run:
         data["processes"] = self.accelerator.num_processes
         if self.seq_len != self.model.config.seq_len:
             data["seq_len"] = self.seq_len
+        if self.optimizer_key is not None:
+            data["optimizer_state"] = self.optimizer_key
         return {"model": self.model.config.to_dict(), "training": asdict(self.config), "data": data}
 
     def _all_random_states(self) -> dict:
@@ -429,6 +445,26 @@ def _optimizer(model, config, device):
         return torch.optim.Adafactor(groups, lr=config.learning_rate)
     fused = device.type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+
+
+def _set_optimizer_state(model, optimizer, state) -> str:
+    """Give the optimizer copies of `state`, by parameter name; return a key of the contents."""
+    parameters = dict(model.named_parameters())
+    digest = hashlib.sha256()
+    for name, values in sorted(state.items()):
+        if name not in parameters:
+            raise ValueError(f"optimizer_state names {name!r}, but the model has no such parameter")
+        for key, value in sorted(values.items()):
+            if value.ndim and value.shape != parameters[name].shape:
+                raise ValueError(
+                    f"optimizer_state[{name!r}][{key!r}] has shape {tuple(value.shape)}, but the parameter "
+                    f"{tuple(parameters[name].shape)}"
+                )
+            digest.update(f"{name} {key} ".encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        optimizer.state[parameters[name]] = {
+            key: value.detach().clone().to(parameters[name].device) for key, value in values.items()
+        }
+    return digest.hexdigest()[:10]
 
 
 def _scheduler(optimizer, config):
