@@ -279,8 +279,10 @@ def test_do_copies_keep_the_function(router, renormalize):
         torch.testing.assert_close(moe.train()(tokens_BT).logits_BTV, dense(tokens_BT).logits_BTV)
 
 
-@pytest.mark.parametrize("balance", BALANCES)
-@pytest.mark.parametrize("router", [rule for rule in RULES if rule != "straight_through"])
+@pytest.mark.parametrize(
+    ("router", "balance"),
+    [(rule, "layer") for rule in RULES if rule != "straight_through"] + [(None, balance) for balance in BALANCES[1:]],
+)
 def test_gradients_of_the_objective(router, balance):
     """Against finite differences; straight-through is no derivative: it has its own test."""
     noisy = balance == "importance" and router in (None, "top_k")
@@ -396,7 +398,7 @@ def both_paths(layer, routing, x_ND):
 @pytest.mark.parametrize("router", RULES)
 def test_sorted_equals_the_loop(router, capacity, dtype, tolerance):
     layer = make_layer(router, dtype, num_experts=6, capacity_factor=capacity)
-    for n in (1, 2, 33):
+    for n in (1, 33):
         for away in ([], [0, 3], [1, 2, 3, 4, 5]):  # all in use, two empty, one takes all it can
             x_ND = torch.randn(n, 8, dtype=dtype, requires_grad=True)
             push_E = torch.zeros(6, dtype=dtype)
@@ -426,7 +428,7 @@ def test_extreme_shapes_and_scores(router):
     extremes = dict(logit_norm=1.0, expert_dropout=0.5, noisy=True)
     for num_experts, top_k in ((1, 1), (4, 1), (4, 4)):
         for settings in ({}, extremes, dict(capacity_factor=0.5)):
-            for scale in (0.0, 1.0, 1000.0):
+            for scale in (0.0, 1000.0):
                 layer = make_layer(router, num_experts=num_experts, top_k=top_k, **settings)
                 layer.router.weight.data *= scale
                 for n in (1, 9):
@@ -457,7 +459,7 @@ def test_precisions(router):
             torch.testing.assert_close(evaluated.logits_BTV.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------- recomputation, cache, causality
+# -------------------------------------------------------------------------------------- recomputation, cache, causality
 
 
 @pytest.mark.parametrize("router", RULES)
