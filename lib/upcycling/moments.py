@@ -15,15 +15,13 @@ gradients are s times as large. Shapes: E experts, D width, F hidden units of th
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from .checkpoint import read_tensors
 from .initialisation import weights_sum_to_1
 from .model import DecoderLM, FeedForward
 from .moe import Experts, MoELayer
-from .weight_files import read_tensors
 
 
 def carry_moments(source, dense: DecoderLM, moe: DecoderLM) -> dict[str, dict[str, Tensor]]:
@@ -60,24 +58,26 @@ def _share_and_weight(layer: MoELayer) -> tuple[float, float]:
 
 def _expert_moments(ffn: FeedForward, experts: Experts, state: dict, a: float, w: float) -> dict:
     units_EG, found_EG = _units(ffn, experts)
-    scale_EG = _down_scale(ffn, experts, units_EG)
+    scale_EG = torch.where(found_EG, _down_scale(ffn, experts, units_EG), 1.0)
     names = {"w_up_EFD": "up.weight", "w_gate_EFD": "gate.weight", "w_down_EDF": "down.weight"}
     names |= {"b_up_EF": "up.bias", "b_gate_EF": "gate.bias", "b_down_ED": "down.bias"}
     moments = {}
     for name, parameter in experts.named_parameters():
-        old, result = state[names[name]], {"step": state[names[name]]["step"].clone()}
+        old = state[names[name]]
+        moments[name] = {"step": old["step"].clone()}
         for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-            factor_EG = a * w**power * (scale_EG**power if names[name].startswith(("up", "gate")) else 1)
-            if power == 1:
-                factor_EG = factor_EG * found_EG
+            factor = a * w**power
+            outer_EG = factor * (found_EG if power == 1 else torch.ones_like(scale_EG))
+            inner_EG = outer_EG * scale_EG**power
             if name == "b_down_ED":  # belongs to no unit
-                new = (a * w**power * old[key]).expand_as(parameter)
+                new = (factor * old[key]).expand_as(parameter)
             elif name == "w_down_EDF":
-                new = old[key][:, units_EG].permute(1, 0, 2) * factor_EG.unsqueeze(1)
+                new = old[key][:, units_EG].transpose(0, 1) * outer_EG.unsqueeze(1)
+            elif parameter.ndim == 3:
+                new = old[key][units_EG] * inner_EG.unsqueeze(-1)
             else:
-                new = old[key][units_EG] * (factor_EG.unsqueeze(-1) if parameter.ndim == 3 else factor_EG)
-            result[key] = new.to(old[key].dtype).contiguous()
-        moments[name] = result
+                new = old[key][units_EG] * inner_EG
+            moments[name][key] = new.to(old[key].dtype).contiguous()
     return moments
 
 
@@ -117,7 +117,7 @@ def _by_name(source, dense: DecoderLM) -> dict[str, dict[str, Tensor]]:
         state = {name: source.state.get(parameter, {}) for name, parameter in dense.named_parameters()}
     else:
         what = str(source)
-        tensors, _ = read_tensors(Path(source))
+        tensors, _ = read_tensors(source)
         state = {
             name: {key: tensors[full] for key in keys if (full := f"optimizer.{name}.{key}") in tensors}
             for name, _ in dense.named_parameters()
