@@ -30,11 +30,12 @@ from upcycling.compare import (
     updates_per_budget,
 )
 from upcycling.config import PRESETS, ModelConfig, MoEConfig, Preset, TrainConfig, forward_flops
-from upcycling.initialisation import Drop
+from upcycling.initialisation import Copy, Drop
 from upcycling.metrics import domain_divergence, domain_specialization
 from upcycling.moe import expert_load
 from upcycling.routers import StraightThrough, TopP
 from upcycling.series import Series, load_series, new_model
+from upcycling.training import evaluate
 from upcycling.transfer import upcycle
 
 SHORT = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2, eval_every=2, log_every=1)
@@ -157,14 +158,14 @@ def test_nearly_equal_updates_become_one_run():
 def test_flops_of_an_update_are_three_times_the_formula(make):
     config = make(vocab_size=60, d_model=16, n_layers=2, n_heads=2, d_ff=24, seq_len=8)
     tokens_BT = torch.randint(60, (3, 8))
-    for moe in (None, TINY.moe, replace(TINY.moe, num_experts=8, layers=(1,)), replace(TINY.moe, shared_experts=1)):
+    for moe in (None, TINY.moe, replace(TINY.moe, num_experts=8, layers=(1,), shared_experts=1)):
         model = new_model(replace(config, moe=moe), 0)
         assert update_flops(model, tokens_BT, tokens_BT) == 3 * 3 * forward_flops(model.config), moe
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_flops_are_those_that_a_rule_executes():
-    config = ModelConfig.smol(vocab_size=60, d_model=16, n_layers=2, n_heads=2, d_ff=24, seq_len=8)
+    config = ModelConfig.smol(vocab_size=60, d_model=16, n_layers=1, n_heads=2, d_ff=24, seq_len=8)
     tokens_BT = torch.randint(60, (3, 8))
 
     def flops(**fields):
@@ -373,10 +374,13 @@ def test_what_makes_no_comparison():
         Arm("x", start="above")
 
 
-def test_describe_counts_what_was_carried_out():
+def test_describe_counts_what_was_carried_out(monkeypatch):
     series = load_series("tiny")
     dense, _ = series.dense_parent(progress=False, verbose=False)
-    assert describe(series, dense).keys() == {"per_domain"}
+    assert describe(series, dense) == {
+        "per_domain": {name: evaluate(dense, stream) for name, stream in series.domain_streams().items()}
+    }
+    monkeypatch.setattr("upcycling.training.evaluate", lambda *_: 0.0)
 
     model = upcycle(dense, replace(TINY.moe, router_std=1.0))
     found = describe(series, model)
@@ -455,6 +459,8 @@ def test_a_whole_comparison(tmp_path, monkeypatch, capsys):
     quiet = dict(progress=False, verbose=False)
     assert series.moe(1, **quiet)[1].final_loss == kept["upcycled MoE", "seconds"]
     assert len(series.moe_snapshots(1, **quiet)) > 0
+    same = Arm("of another name", replace(TINY.moe), Copy())
+    assert series.train_arm(same, 1, 4, **quiet)[1].final_loss == kept["upcycled MoE", "seconds"]
     assert series.dense_control(1, 6, **quiet)[1].final_loss == kept["dense control", "seconds"]
     assert series.moe_from_scratch(7, 1, **quiet)[1].final_loss == kept["MoE from scratch", "tokens"]
     assert runs(tmp_path) == before, "they are the runs that the series keeps, made once"
@@ -483,6 +489,7 @@ def test_other_arms_by_name(monkeypatch, tmp_path):
     assert len({row["val_loss"] for row in result["rows"]}) == 5
 
 
+@pytest.mark.slow
 def test_in_two_processes_with_an_arm_that_fails(monkeypatch, tmp_path, capsys):
     cheap(monkeypatch)
     out = tmp_path / "arms.json"

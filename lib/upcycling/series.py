@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .config import PRESETS, ModelConfig, Preset, TrainConfig
+from .initialisation import Copy, initialisation
 from .model import DecoderLM
 from .snapshots import RoutingSnapshots
 from .training import TrainResult, train
@@ -147,19 +148,26 @@ class Series:
         windows = [stream.random_windows(count, length, seed=0, step=0)[0] for stream in streams.values()]
         return torch.cat(windows), [name for name in streams for _ in range(count)]
 
-    def trained(self, model: DecoderLM, config: TrainConfig, label: str, **options) -> TrainResult:
-        """Train `model` in place with `config`, or load the result where the same run was made before."""
-        folder = self._folder(model, config, label)
-        with _only_one(folder):
-            return train(model, self.train_stream, self.validation_stream, config, directory=folder, **options)
+    def trained(
+        self, model: DecoderLM, config: TrainConfig, label: str, *, train_stream=None, **options
+    ) -> TrainResult:
+        """Train `model` in place with `config`, or load the result where the same run was made before.
 
-    def _folder(self, model: DecoderLM, config: TrainConfig, label: str) -> Path:
-        """Where the run of `config` that starts from these weights lies."""
+        `train_stream`: another one to train on than that of the whole training split, say of a selection.
+        """
+        stream = self.train_stream if train_stream is None else train_stream
+        folder = self._folder(model, config, label, stream)
+        with _only_one(folder):
+            return train(model, stream, self.validation_stream, config, directory=folder, **options)
+
+    def _folder(self, model: DecoderLM, config: TrainConfig, label: str, stream=None) -> Path:
+        """Where the run of `config` that starts from these weights (on `stream`) lies."""
+        stream = stream or self.train_stream
         start = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             start.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         key = key_of(
-            model.config.to_dict(), asdict(config), self.train_stream.key, self.validation_stream.key, start.hexdigest()
+            model.config.to_dict(), asdict(config), stream.key, self.validation_stream.key, start.hexdigest()
         )
         return artifacts_dir() / "runs" / f"{label}-{key}"
 
@@ -211,8 +219,8 @@ class Series:
 
     def train_arm(self, arm: Arm, seed: int, steps: int, **options) -> tuple[DecoderLM, TrainResult]:
         """An arm trained for `steps` updates; the same runs as `moe`, `dense_control`, `moe_from_scratch` make."""
-        ours = (arm.moe, arm.init, arm.start, steps) == (self.preset.moe, "copy", "parent", self.preset.sparse.steps)
-        if ours:
+        ours = (self.preset.moe, Copy(), "parent", self.preset.sparse.steps)
+        if (arm.moe, initialisation(arm.init), arm.start, steps) == ours:
             return self.moe(seed, **options)  # which keeps the routing's snapshots, too
         model, config = self.arm(arm, seed), self._second_phase(seed, steps)
         label = "dense-control" if arm.moe is None else "moe"
