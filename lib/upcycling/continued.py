@@ -253,6 +253,10 @@ example:
       --optimizer adafactor --schedule inverse_sqrt --warmup-steps 100 --learning-rate 1e-3
 
 An interrupted run is continued by the same command."""
+_SETTINGS = (
+    "optimizer", "schedule", "learning_rate", "warmup_steps", "batch_size", "accumulation", "weight_decay",
+    "precision", "eval_every", "checkpoint_every", "seed",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -273,20 +277,21 @@ def main(arguments: list[str] | None = None) -> int:
     add("--aux-weight", type=float, metavar="W", help="of the balance loss of each layer (default: 0.01)")
     add("--beta", type=float, default=1.0, help="weight of imbalance in the balanced perplexity (default: 1)")
     add("--steps", type=int, required=True, metavar="N", help="optimizer updates")
-    add("--optimizer", choices=OPTIMIZERS)
-    add("--schedule", choices=SCHEDULES)
-    add("--precision", choices=PRECISIONS)
-    for name in ("learning_rate", "weight_decay"):
-        add(f"--{name.replace('_', '-')}", type=float)
-    for name in ("warmup_steps", "batch_size", "accumulation", "eval_every", "checkpoint_every", "seed"):
-        add(f"--{name.replace('_', '-')}", type=int)
+    choices = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS)
+    for name in _SETTINGS:
+        default = 100 if name == "checkpoint_every" else getattr(TrainConfig(steps=1), name)
+        kind = dict(choices=choices[name]) if name in choices else dict(type=type(default), metavar="X")
+        add(f"--{name.replace('_', '-')}", default=default, help=f"see TrainConfig (default: {default})", **kind)
     options = vars(parser.parse_args(arguments))
-    given = {name: options[name] for name in TrainConfig.__dataclass_fields__ if options.get(name) is not None}
+    config = {name: options[name] for name in ("steps", *_SETTINGS)}
     ours = {name: options[name] for name in ("parameters", "block", "aux_weight", "beta")}
     try:
-        print(_continue_folder(options["model"], options["out"], options["corpus"], options["documents"], given, ours))
+        print(_continue_folder(options["model"], options["out"], options["corpus"], options["documents"], config, ours))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
         return 1
     print(f"wrote {options['out']}")
     return 0
