@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from upcycling import moe as moe_module
 from upcycling.config import ACTIVATIONS, ModelConfig, MoEConfig
 from upcycling.model import DecoderLM, FeedForward
-from upcycling.moe import MoELayer, Routing, aux_loss, expert_load, experts_loop, experts_sorted, route, z_loss
+from upcycling.moe import (
+    MoELayer,
+    Routing,
+    aux_loss,
+    expert_load,
+    experts_loop,
+    experts_sorted,
+    importance_loss,
+    load_loss,
+    pooled_aux_loss,
+    route,
+    sequence_aux_loss,
+    z_loss,
+)
 from upcycling.transfer import copy_into_experts
 
 
@@ -290,6 +303,103 @@ def test_training_on_the_aux_loss_alone_balances():
         loss.backward()
         optimizer.step()
     assert losses[0] > 1.03 > 1.01 > losses[-1] > 0.99
+
+
+def collapsed_on(expert, num_experts=4, tokens=6):
+    certain_NE = F.one_hot(torch.full((tokens,), expert), num_experts).float()
+    return chosen([[expert]] * tokens, num_experts, certain_NE)
+
+
+def test_pooling_the_layers_hides_their_collapse():
+    """Four layers, each on an expert of its own out of four: 1, the value at balance; layer by layer E."""
+    apart = [collapsed_on(e) for e in range(4)]
+    assert pooled_aux_loss(apart).item() == pytest.approx(1)
+    assert [aux_loss(routing).item() for routing in apart] == [4.0] * 4
+    assert pooled_aux_loss([collapsed_on(2)] * 4).item() == pytest.approx(4), "on the same expert it shows"
+    one = route(torch.randn(30, 4), 2)
+    torch.testing.assert_close(pooled_aux_loss([one]), aux_loss(one))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_pooled_is_that_of_transformers_over_k(top_k):
+    """The convention k of the table: transformers counts each of the K choices as a whole token."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits_LNE = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0))
+    theirs = load_balancing_loss_func(tuple(logits_LNE), num_experts=6, top_k=top_k)
+    ours = pooled_aux_loss([route(logits_NE, top_k) for logits_NE in logits_LNE])
+    torch.testing.assert_close(theirs / top_k, ours)
+    even_NE = 1e-3 * torch.eye(6)  # all experts alike: the K best of token i are i and the first others
+    assert load_balancing_loss_func((even_NE,), 6, top_k).item() == pytest.approx(top_k, rel=1e-2)
+
+
+def test_sequence_balance_by_hand():
+    """Two sequences, each on an expert of its own out of two: even together, collapsed each by itself."""
+    certain_NE = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    routing = chosen([[0], [0], [1], [1]], 2, certain_NE)
+    assert aux_loss(routing).item() == pytest.approx(1)
+    assert sequence_aux_loss(routing, 2).item() == pytest.approx(2)
+    assert sequence_aux_loss(chosen([[0], [1], [0], [1]], 2, certain_NE[[0, 2, 0, 2]]), 2).item() == pytest.approx(1)
+    whole = route(torch.randn(12, 4), 2)
+    torch.testing.assert_close(sequence_aux_loss(whole, 1), aux_loss(whole))
+    parts = [aux_loss(route(part_NE, 2)) for part_NE in whole.logits_NE.split(4)]
+    torch.testing.assert_close(sequence_aux_loss(whole, 3), torch.stack(parts).mean())
+    with pytest.raises(ValueError, match="12 tokens are not 5 sequences"):
+        sequence_aux_loss(whole, 5)
+
+
+def test_importance_by_hand():
+    """Total weights (3, 1) have mean 2 and variance 1: squared variation 1/4."""
+    uniform = chosen([[0], [0], [0], [1]], 2)
+    assert importance_loss(uniform).item() == pytest.approx(1 / 4)
+    assert importance_loss(collapsed_on(1)).item() == pytest.approx(3), "E - 1 at collapse"
+    assert importance_loss(chosen([[0, 1], [2, 3]], 4)).item() == pytest.approx(0, abs=1e-12)
+    weighted = replace(chosen([[0, 1]], 2), weights_NK=torch.tensor([[0.75, 0.25]]))
+    assert importance_loss(weighted).item() == pytest.approx((0.25 / 0.5) ** 2), "weights, not choices"
+
+
+def test_smooth_load_is_what_drawing_again_gives():
+    """An expert's own noise is drawn again, the others' stays; how often is it then among the K best?"""
+    layer = make_layer(torch.float64, noisy=True, num_experts=4, top_k=2)
+    x_ND = torch.randn(3, 8, dtype=torch.float64)
+    torch.manual_seed(3)
+    routing = layer.route(x_ND)
+    draws, load_E = 20_000, torch.zeros(4, dtype=torch.float64)
+    for e in range(4):
+        logits_SNE = routing.logits_NE.detach().repeat(draws, 1, 1)
+        noise_SN = torch.randn(draws, 3, dtype=torch.float64) * routing.noise_std_NE[:, e].detach()
+        logits_SNE[..., e] = routing.clean_logits_NE[:, e].detach() + noise_SN
+        load_E[e] = (logits_SNE.topk(2).indices == e).any(-1).double().mean(0).sum()
+    assert load_loss(routing).item() == pytest.approx(float(load_E.var(correction=0) / load_E.mean() ** 2), abs=0.01)
+
+
+def test_gradient_of_the_smooth_load():
+    layer = make_layer(torch.float64, d=4, noisy=True, num_experts=4, top_k=2)
+
+    def function(router, noise):
+        torch.manual_seed(1)
+        weights = {"router.weight": router, "noise.weight": noise}
+        return load_loss(torch.func.functional_call(layer, weights, (torch.ones(1, 1, 4, dtype=torch.float64),))[1])
+
+    assert torch.autograd.gradcheck(function, (layer.router.weight, layer.noise.weight))
+    everyone = make_layer(noisy=True, top_k=4).route(torch.randn(5, 8))
+    assert load_loss(everyone) == 0, "all are chosen, whatever the noise"
+    with pytest.raises(ValueError, match="needs a noisy router in training mode"):
+        load_loss(layer.eval().route(torch.ones(1, 4, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("balance", ["layer", "pooled", "sequence", "importance"])
+def test_the_objective_takes_the_chosen_balance(balance):
+    config = replace(make_config(balance=balance, aux_weight=0.3, router_std=1.0, noisy=True), n_layers=3)
+    model, tokens_BT = DecoderLM(config), torch.randint(9, (2, 8))
+    out = model(tokens_BT, tokens_BT)
+    expected = {
+        "layer": lambda: sum(map(aux_loss, out.routings)),
+        "pooled": lambda: 3 * pooled_aux_loss(out.routings),
+        "sequence": lambda: sum(sequence_aux_loss(routing, 2) for routing in out.routings),
+        "importance": lambda: sum(importance_loss(r) + load_loss(r) for r in out.routings),
+    }[balance]()
+    torch.testing.assert_close(model.objective(out), out.loss + 0.3 * expected)
 
 
 def test_z_loss_by_hand():

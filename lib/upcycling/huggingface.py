@@ -80,8 +80,10 @@ def to_hf(model: DecoderLM, tokenizer: Tokenizer | None = None):
     Returns a new model in `model`'s dtype, device and mode; torch's random state is untouched. Biases that the class
     always has and `model` lacks are zeros (GPT-2's, and Llama's when some of q, k, v, out have one). With a
     `tokenizer` the ids of its special tokens are entered. transformers' balance loss pools all layers and is top_k at
-    balance, so its coefficient is `aux_weight * layers / top_k`: the same size where layers agree. It has no z-loss.
+    balance, so its coefficient is `aux_weight * layers / top_k`: the same size where layers agree.
     (With it on, transformers 5.23 cannot generate() from a padded batch: pass output_router_logits=False there.)
+    What only training uses and the class lacks stays behind: z-loss, balance="sequence" or "importance", router jitter,
+    expert dropout.
     Raises ValueError, naming the setting, for what no class expresses.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -205,6 +207,24 @@ def _kind_of(config: ModelConfig) -> str:
             "DecoderLM(replace(config, dropout=0.0)), which computes the same in evaluation",
         ),
         (
+            moe and moe.router is not None and not _is_softmax_top_k(moe),
+            f"router={moe and moe.router}: Mixtral and Qwen2-MoE know softmax top-k alone; use router=None, or 'top_k' "
+            "with renormalize=True",
+        ),
+        (
+            moe and moe.shared_experts,
+            f"shared_experts={moe and moe.shared_experts}: Mixtral has none, Qwen2-MoE's stands behind a gate; use 0",
+        ),
+        (
+            moe and moe.capacity_factor is not None,
+            f"capacity_factor={moe and moe.capacity_factor}: no standard class drops tokens; give the weights to a "
+            "model with capacity_factor=None",
+        ),
+        (
+            moe and moe.logit_norm is not None,
+            f"logit_norm={moe and moe.logit_norm}: no standard class standardises its router's scores; use None",
+        ),
+        (
             moe and moe.noisy,
             "noisy=True: no standard class has a noisy router; in evaluation noise is off, so give the weights without "
             "the `noise` ones to a model with noisy=False",
@@ -229,6 +249,10 @@ def _kind_of(config: ModelConfig) -> str:
         return "llama"
     everywhere = len(config.moe_layers) == config.n_layers
     return "mixtral" if everywhere and moe.renormalize and not config.qkv_bias else "qwen2_moe"
+
+
+def _is_softmax_top_k(moe: MoEConfig) -> bool:
+    return moe.router.kind == "top_k" and (moe.router.softmax_first or moe.renormalize)
 
 
 def _settings(config: ModelConfig, kind: str) -> dict:
@@ -264,16 +288,18 @@ def _settings(config: ModelConfig, kind: str) -> dict:
     if kind == "llama":
         return settings | dict(attention_bias=config.qkv_bias or config.attention_out_bias, mlp_bias=config.ffn_bias)
     moe = config.moe
+    aux_weight = moe.aux_weight if moe.balance in ("layer", "pooled") else 0.0
     settings |= dict(
+        intermediate_size=config.expert_width if len(config.moe_layers) == config.n_layers else config.d_ff,
         num_experts_per_tok=moe.top_k,
-        router_aux_loss_coef=moe.aux_weight * len(config.moe_layers) / moe.top_k,
-        output_router_logits=moe.aux_weight > 0,  # without it transformers leaves the balance loss out
+        router_aux_loss_coef=aux_weight * len(config.moe_layers) / moe.top_k,
+        output_router_logits=aux_weight > 0,  # without it transformers leaves the balance loss out
     )
     if kind == "mixtral":
         return settings | dict(num_local_experts=moe.num_experts)
     return settings | dict(
         num_experts=moe.num_experts,
-        moe_intermediate_size=config.d_ff,
+        moe_intermediate_size=config.expert_width,
         shared_expert_intermediate_size=0,
         norm_topk_prob=moe.renormalize,
         mlp_only_layers=[layer for layer in range(config.n_layers) if layer not in config.moe_layers],

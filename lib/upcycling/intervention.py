@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import IGNORE, whole_number
 from .model import DecoderLM, LMOutput
+from .moe import MoELayer
 from .routing import Router, find_routers
 
 _ROWS = 16  # windows per forward pass: their logits are what needs memory
@@ -59,7 +60,7 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
     `model` is a DecoderLM or a transformers MoE that `record_routing` knows.
 
     Raises ValueError for a dense or compiled model, a layer or an expert that does not exist, a choice that leaves
-    fewer than `top_k` experts, and a `top_k` or `temperature` out of range.
+    fewer than `top_k` experts, a `top_k` or `temperature` out of range, and a routing rule that would not heed it.
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
@@ -70,6 +71,7 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
                 "model that is not compiled, and call that"
             )
     routers = {router.layer: router for router in find_routers(model)}
+    _refuse_deaf_rules(routers, top_k, remove is not None or force is not None or temperature != 1)
     removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
     changes = []
     for layer, router in routers.items():
@@ -101,6 +103,24 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
                 hook = _Rerouting(router, allowed_E, temperature)
                 undo.callback(router.module.register_forward_hook(hook).remove)
         yield model
+
+
+def _refuse_deaf_rules(routers: Mapping[int, Router], top_k: int | None, scores: bool) -> None:
+    """ValueError where a DecoderLM's routing rule would not do what is asked, or do something else."""
+    for router in routers.values():
+        moe = router.holder.moe if isinstance(router.holder, MoELayer) else None
+        rule = None if moe is None or moe.router is None else moe.router.kind
+        if rule == "hash":
+            raise ValueError("hash routing follows the token ids and no score, so there is nothing to intervene in")
+        if top_k is not None and rule in ("top_p", "relu"):
+            raise ValueError(
+                f"router={rule!r} does not choose a fixed number of experts, so top_k would change nothing"
+            )
+        if scores and moe is not None and moe.logit_norm is not None:
+            raise ValueError(
+                f"logit_norm={moe.logit_norm} standardises the scores after they are changed, which would undo it; "
+                "only top_k can be changed here"
+            )
 
 
 def _num_experts(router: Router) -> int:

@@ -79,6 +79,20 @@ def expert_counts(routing: Routing, wanted: bool = False) -> Tensor:
     return torch.bincount(ids.flatten(), minlength=routing.probabilities_NE.shape[-1])
 
 
+def refuse_varying_choices(routing: Routing) -> None:
+    """Raise ValueError where tokens have different numbers of choices: what is recorded has K for each.
+
+    A choice that a capacity dropped is a choice; its weight is 0.
+    """
+    made_NK = routing.kept_NK if routing.wanted_NK is None else routing.wanted_NK
+    if made_NK is not None and not made_NK.all():
+        raise ValueError(
+            "this routing rule gives tokens different numbers of experts, and what is recorded holds K for each; count "
+            "them with upcycling.moe.expert_counts(routing) for each of model(tokens_BT).routings, or use "
+            "evaluate_routing (a straight-through router: record it in evaluation mode)"
+        )
+
+
 def load_from_ids(expert_ids_NK: Tensor, num_experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """load_E from the chosen experts alone: the fraction of all choices that each expert received; sums to 1."""
     counts_E = torch.bincount(expert_ids_NK.flatten(), minlength=num_experts)

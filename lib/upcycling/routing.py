@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .model import DecoderLM, LMOutput
-from .moe import MoELayer
+from .moe import MoELayer, refuse_varying_choices
 from .router_rules import Router, find_routers, unpack
 from .trace import FIELDS, PER_LAYER, PER_TOKEN, RoutingTrace, Store
 
@@ -42,8 +42,11 @@ def record_routing(model: nn.Module, *, memory_limit: int = 256 * MIB, directory
     temporary folder (inside `directory`, if given) that is deleted with it. A `DecoderLM` compiled by
     `torch.compile(model)` is recorded when that compiled model is what is given here.
 
+    What a `capacity_factor` dropped is recorded as chosen, with weight 0.
+
     Raises ValueError for a model that is dense, of an unknown class or compiled in another way, and, from inside the
-    forward, when layers differ in their number of experts or of experts per token.
+    forward, when layers differ in their number of experts or of experts per token, and for routing rules under which
+    that number varies from token to token.
     """
     routers = find_routers(model)
     store = Store(memory_limit, directory)
@@ -69,6 +72,8 @@ def _record_decoder_lm(model: nn.Module, routers: list[Router], store: Store) ->
         tokens_BT, cache = given["tokens_BT"], given.get("cache")
         past = 0 if cache is None else cache.length - tokens_BT.shape[1]  # the forward has advanced the cache
         first = sequences.first_of(cache, past, len(tokens_BT))
+        for routing in output.routings:
+            refuse_varying_choices(routing)
         decisions = [(r.logits_NE, r.probabilities_NE, r.expert_ids_NK, r.weights_NK) for r in output.routings]
         _append(store, routers, decisions, tokens_BT, tokens_BT.shape, None, first, past)
 

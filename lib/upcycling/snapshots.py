@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import FORMAT, read_tensors, write_tensors
+from .moe import refuse_varying_choices
 
 
 class RoutingSnapshots:
@@ -65,13 +66,15 @@ class RoutingSnapshots:
 
     @torch.no_grad()
     def __call__(self, step: int, model, row: dict | None = None) -> None:
-        """Record one snapshot of a DecoderLM. Raises ValueError for a dense model."""
+        """Record one snapshot of a DecoderLM. Raises ValueError for a dense model and where K varies."""
         was_training = model.training
         model.eval()
         routings = model(self.probe_BT.to(next(model.parameters()).device)).routings
         model.train(was_training)
         if not routings:
             raise ValueError("the model is dense: there is no routing to keep; train it without RoutingSnapshots")
+        for routing in routings:
+            refuse_varying_choices(routing)
         new = {
             "steps": torch.tensor(step),
             "expert_ids": torch.stack([routing.expert_ids_NK for routing in routings]).short(),
