@@ -162,8 +162,9 @@ class Granular:
     Where the weights do not sum to 1, G becomes G * E / K, which is right for equal probabilities only. A group stays
     whole as long as its experts get equal scores and the number of experts is fixed: under TopK, StraightThrough and
     SelectionBias, with jitter, too; learned noise, sampling and expert dropout split groups in training, hash, top-p,
-    ReLU, expert choice and capacity at all times. As soon as the rows of a group have learned to differ, it is a group
-    no more.
+    ReLU, expert choice and capacity at all times. `topk` may also split two groups whose scores are equal to the last
+    bit: all of them under a zero router, and in bf16 those of about 0.2 % of the tokens. As soon as the rows of a group
+    have learned to differ, it is a group no more.
     """
 
     scale: str | None = "linear"

@@ -64,7 +64,7 @@ def published_arms(dense: DecoderLM, moe: MoEConfig) -> dict[str, tuple[MoEConfi
     sizes): the same active parameters. Partitions have `num_experts` parts.
     """
     width, experts = dense.config.d_ff, moe.num_experts
-    shards = 4 if width % 4 == 0 and experts % 4 == 0 and 4 * moe.top_k <= experts else 2
+    shards = 4 if width % 4 == 0 and experts % 4 == 0 and 4 * moe.top_k < experts else 2
     fine = replace(moe, expert_d_ff=width // shards, top_k=shards * moe.top_k)
     parts = replace(moe, expert_d_ff=width // experts)
     bare = replace(moe, renormalize=False)
