@@ -6,9 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from upcycling import MoEConfig, TrainConfig, check_causality, check_equivalence, generate, train, upcycle
-from upcycling.config import BALANCES, ModelConfig
+from upcycling import (
+    MoEConfig,
+    TrainConfig,
+    check_causality,
+    check_equivalence,
+    generate,
+    intervene,
+    record_routing,
+    to_hf,
+    train,
+    upcycle,
+)
+from upcycling.config import BALANCES, ModelConfig, count_parameters, forward_flops
 from upcycling.metrics import max_over_mean
 from upcycling.model import DecoderLM
 from upcycling.moe import MoELayer, expert_counts, experts_loop, experts_sorted, limit_capacity, route
@@ -24,6 +37,7 @@ from upcycling.routers import (
     TopP,
     as_router,
 )
+from upcycling.snapshots import RoutingSnapshots
 from upcycling.tokens import TokenStream
 
 RULES = [None, *ROUTERS]
@@ -658,3 +672,94 @@ def test_the_penalty_is_part_of_the_objective():
     out = model(make_tokens(), make_tokens())
     entropies = [-(r.probabilities_NE * r.probabilities_NE.log()).sum(-1).mean() for r in out.routings]
     torch.testing.assert_close(model.objective(out) - out.loss, 0.3 * sum(entropies))
+
+
+# ----------------------------------------------------------------------------------------- what reads a model's routing
+
+
+@pytest.mark.parametrize("router", RULES)
+def test_recording_takes_what_has_k_choices_and_refuses_the_rest(router, tmp_path):
+    model, tokens_BT = make_model(router, num_experts=6).eval(), make_tokens()
+    snapshots = RoutingSnapshots(tokens_BT)
+    if router in FIXED_K:
+        with record_routing(model) as trace:
+            out = model(tokens_BT)
+        assert torch.equal(trace.expert_ids, torch.stack([routing.expert_ids_NK for routing in out.routings]))
+        snapshots(0, model)
+        assert torch.equal(snapshots.expert_ids[0], trace.expert_ids)
+    else:
+        with pytest.raises(ValueError, match="gives tokens different numbers of experts"), record_routing(model):
+            model(tokens_BT)
+        with pytest.raises(ValueError, match="gives tokens different numbers of experts"):
+            snapshots(0, model)
+
+
+def test_a_recorded_choice_that_was_dropped_has_weight_zero():
+    model = make_model(num_experts=6, capacity_factor=0.5).eval()
+    with record_routing(model) as trace:
+        out = model(make_tokens())
+    for i, routing in enumerate(out.routings):
+        assert torch.equal(trace.expert_ids[i], routing.expert_ids_NK)
+        assert torch.equal(trace.weights[i] == 0, ~routing.kept_NK) and not routing.kept_NK.all()
+
+
+@pytest.mark.parametrize("router", [rule for rule in RULES if rule != "hash"])
+def test_a_removed_expert_is_not_used(router):
+    model, tokens_BT = make_model(router, num_experts=6).eval(), make_tokens()
+    expected = model(tokens_BT).logits_BTV
+    if router == "selection_bias":
+        model.blocks[0].ffn.rule_state.selection_bias_E[3] = 0.5
+    with intervene(model, remove={0: [3]}):
+        out = model(tokens_BT)
+    assert expert_counts(out.routings[0])[3] == 0 and expert_counts(out.routings[1]).sum() > 0
+    assert out.logits_BTV.isfinite().all() and not torch.equal(out.logits_BTV, expected)
+    if router in (None, "top_k", "sampled", "selection_bias", "straight_through"):
+        with intervene(model, top_k=3):
+            assert all(routing.expert_ids_NK.shape[1] == 3 for routing in model(tokens_BT).routings)
+
+
+def test_interventions_that_a_rule_would_not_heed():
+    for settings, asked, message in (
+        (dict(router="hash"), dict(remove=[0]), "hash routing follows the token ids"),
+        (dict(router="top_p"), dict(top_k=1), "router='top_p' does not choose a fixed number"),
+        (dict(router="relu"), dict(top_k=1), "router='relu' does not choose a fixed number"),
+        (dict(logit_norm=1.0), dict(remove=[0]), "logit_norm=1.0 standardises the scores"),
+        (dict(logit_norm=1.0), dict(temperature=2.0), "logit_norm=1.0 standardises the scores"),
+    ):
+        with pytest.raises(ValueError, match=message), intervene(make_model(**settings), **asked):
+            pass
+    with intervene(make_model(logit_norm=1.0), top_k=1):
+        pass
+
+
+def test_export_refuses_what_no_class_has():
+    for settings, message in (
+        (dict(router="selection_bias"), r"router=SelectionBias\(.*know softmax top-k alone"),
+        (dict(router=TopK(softmax_first=False), renormalize=False), "know softmax top-k alone"),
+        (dict(shared_experts=1), "shared_experts=1: Mixtral has none"),
+        (dict(capacity_factor=1.25), "capacity_factor=1.25: no standard class drops tokens"),
+        (dict(logit_norm=2.0), "logit_norm=2.0: no standard class"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_hf(make_model(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(router="top_k"), dict(expert_d_ff=8), dict(expert_d_ff=8, layers=(1,)),
+     dict(router=TopK(softmax_first=False), balance="sequence")],
+)  # fmt: skip
+def test_export_of_what_a_class_has(settings):
+    model, tokens_BT = make_model(**settings).eval(), make_tokens()
+    theirs = to_hf(model)
+    torch.testing.assert_close(theirs(input_ids=tokens_BT).logits, model(tokens_BT).logits_BTV)
+    assert theirs.config.output_router_logits == (settings.get("balance") != "sequence")
+
+
+@pytest.mark.parametrize("settings", [dict(shared_experts=2), dict(expert_d_ff=5), dict(shared_experts=1, noisy=True)])
+def test_parameters_and_flops_with_shared_and_narrow_experts(settings):
+    model = DecoderLM(make_config(**settings)).train()  # noise is computed in training only
+    assert model.num_parameters() == count_parameters(model.config).total
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(make_tokens(1))
+    assert forward_flops(model.config) == counter.get_total_flops()

@@ -107,11 +107,13 @@ def aux_loss(routing: Routing) -> Tensor:
     mean probabilities, and pushes down the probability of experts that are over-used. Switch Transformers
     (Fedus et al. 2021, arXiv:2101.03961), eq. 4, without its coefficient and with all K choices in the load.
 
-    The same loss under other conventions, at perfect balance (multiply to compare coefficients):
+    What the same loss is at perfect balance elsewhere, that is by what to divide its coefficient to compare it:
 
-        1     here; Switch with K=1
-        K     transformers (Mixtral, Qwen-MoE, OLMoE): each choice counts as a whole token; all layers are pooled
-        1/K   codes that average over the K choices once more
+        1     here, summed over layers by the objective; Switch (K=1); MegaBlocks, there the mean over layers
+        K     transformers 5.23 (Mixtral, Qwen-MoE, OLMoE): each choice counts as a whole token; all layers are pooled
+        1/K   a code that divides the counts by K, to make a load of them, and the loss once more
+
+    With a capacity the load is what was asked for, dropped choices included: else a full expert would look balanced.
     """
     load_E, mean_probability_E = expert_load(routing, wanted=True), routing.probabilities_NE.mean(0)
     return load_E.numel() * (load_E * mean_probability_E).sum()
