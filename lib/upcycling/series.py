@@ -166,9 +166,7 @@ class Series:
         start = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
             start.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        key = key_of(
-            model.config.to_dict(), asdict(config), stream.key, self.validation_stream.key, start.hexdigest()
-        )
+        key = key_of(model.config.to_dict(), asdict(config), stream.key, self.validation_stream.key, start.hexdigest())
         return artifacts_dir() / "runs" / f"{label}-{key}"
 
     def dense_parent(self, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
