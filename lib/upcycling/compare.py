@@ -101,33 +101,27 @@ def pooling_arms(preset: Preset) -> list[Arm]:
 
 
 def router_arms(preset: Preset) -> list[Arm]:
-    """Notebook 06: the same copies under every rule and balancing, one thing changed at a time."""
+    """Notebook 06: the same copies under every rule, one thing changed at a time."""
     from . import routers
 
     def changed(name: str, **fields) -> Arm:
         return Arm(name, replace(preset.moe, **fields))
 
+    k = preset.moe.top_k
     return [
         DENSE,
-        changed("softmax top-k"),
-        changed("not renormalised", renormalize=False),
-        changed("noisy top-k", noisy=True),
-        changed("sampled", router=routers.Sampled()),
-        changed("sigmoid, selection bias", router=routers.SelectionBias(), aux_weight=0.0),
-        changed("straight-through", router=routers.StraightThrough()),
-        changed("top-p", router=routers.TopP()),
-        changed("ReLU", router=routers.ReLURouter()),
-        changed("hash", router=routers.Hash(), aux_weight=0.0),
+        changed(f"softmax top-{k}"),
         changed("no balance loss", aux_weight=0.0),
-        changed("pooled balance", balance="pooled"),
-        changed("sequence balance", balance="sequence"),
-        changed("importance balance", balance="importance"),
-        changed("z-loss", z_weight=1e-3),
+        changed(f"noisy top-{k}", noisy=True),
+        changed("sigmoid + selection bias", router=routers.SelectionBias(), aux_weight=0.0),
+        changed("top-p 0.25", router=routers.TopP(0.25)),
+        changed("ReLU", router=routers.ReLURouter(), aux_weight=0.0),
+        changed("straight-through", router=routers.StraightThrough()),
+        changed("expert choice (leaks)", router=routers.ExpertChoice(), aux_weight=0.0),
+        changed("hash", router=routers.Hash(), aux_weight=0.0),
+        changed(f"1 shared + top-{k}", shared_experts=1),
         changed("capacity 1.25", capacity_factor=1.25),
-        changed("one shared expert", shared_experts=1, top_k=max(preset.moe.top_k - 1, 1)),
-        changed("expert dropout", expert_dropout=0.1),
-        changed("jitter", router_jitter=0.01),
-        changed("standardised scores", logit_norm=1.0),
+        changed("sampled", router=routers.Sampled()),
     ]
 
 
@@ -225,14 +219,17 @@ def seconds_ratios(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> lis
 
 
 def updates_per_budget(
-    preset: Preset, arms: Sequence[Arm], cost: dict[str, dict[str, float]], reference: str, budgets=BUDGETS
+    preset: Preset, arms: Sequence[Arm], cost: dict[str, dict[str, float]], reference: str, budgets=BUDGETS, second=None
 ) -> dict[tuple[str, str], int]:
-    """(arm, budget) -> updates; those of one arm that differ by less than 2 % become the first of them."""
-    updates = {}
+    """(arm, budget) -> updates; those of one arm that differ by less than 2 % become the first of them.
+
+    The reference gets `second` updates (default: the preset's second phase).
+    """
+    updates, second = {}, second or preset.sparse.steps
     for arm in arms:
         for budget in budgets:
             own = cost[arm.name][budget]
-            steps = round(preset.sparse.steps * cost[reference][budget] / own)
+            steps = round(second * cost[reference][budget] / own)
             if arm.start == "scratch":
                 steps += round(preset.dense.steps / own)
             near = [n for (name, _), n in updates.items() if name == arm.name and abs(n - steps) <= SHARED_WITHIN * n]
@@ -343,12 +340,13 @@ def compare(
     corpus: str | None = None,
     workers: int = 1,
     reference: str | None = None,
+    updates: int | None = None,
     out: str | Path | None = None,
 ) -> dict:
     """Run all `arms` at all `budgets` for all `seeds`, in `workers` processes; return what tables and figures need.
 
-    The budget is what the arm named `reference` costs (default: the first MoE that starts from the parent). `out` is
-    written after each run, so that a comparison which is stopped leaves its rows. A run that fails does not stop the
+    The budget is what `updates` updates (default: the preset's second phase) of the arm named `reference` cost (default:
+    the first MoE that starts from the parent). `out` is written after each run, so that a comparison which is stopped leaves its rows. A run that fails does not stop the
     others: it is in result["failed"] with its error. Runs that were made before are loaded. Raises ValueError for arms,
     budgets or seeds that make no comparison. `preset` and `corpus` are those of `load_series`, or a Preset itself.
     """
@@ -359,17 +357,17 @@ def compare(
     _ = series.train_stream, series.validation_stream, series.domain_streams()  # made once, before the processes start
     with one_thread(), torch.random.fork_rng(devices=[]):
         cost = costs(series, arms)
-    updates = updates_per_budget(preset, arms, cost, reference, budgets)
+    planned_updates = updates_per_budget(preset, arms, cost, reference, budgets, updates)
     for name, per_budget in cost.items():
-        planned = ", ".join(f"{updates[name, budget]} for equal {budget}" for budget in budgets)
+        planned = ", ".join(f"{planned_updates[name, budget]} for equal {budget}" for budget in budgets)
         print(f"{name}: an update costs {per_budget['FLOPs']:.2f} dense ones in FLOPs, ", end="")
         print(f"{per_budget['seconds']:.2f} in seconds; updates: {planned}", flush=True)
 
     jobs = []
     for seed in seeds:
         for arm in arms:
-            for steps in dict.fromkeys(updates[arm.name, budget] for budget in budgets):
-                sharing = [budget for budget in budgets if updates[arm.name, budget] == steps]
+            for steps in dict.fromkeys(planned_updates[arm.name, budget] for budget in budgets):
+                sharing = [budget for budget in budgets if planned_updates[arm.name, budget] == steps]
                 jobs.append((preset, series.corpus_name, arm, seed, steps, sharing))
     control = next((arm.name for arm in arms if arm.moe is None and arm.start == "parent"), None)
     floor = series.floor
@@ -380,6 +378,7 @@ def compare(
         "seeds": seeds,
         "arms": [arm.to_dict() for arm in arms],
         "reference": reference,
+        "updates": updates or preset.sparse.steps,  # of the reference
         "control": control,
         "costs": cost,
         "ratios": {"flops": cost[reference]["FLOPs"], "seconds": cost[reference]["seconds"]},  # of the reference
@@ -587,6 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", choices=sorted(ARM_SETS), default="upcycling", help="default: upcycling")
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, help="of the arm that sets the budget; default: the second phase's")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
     parser.add_argument("--no-scratch", action="store_true", help="leave out the arms from scratch, the longest")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, after each run")
@@ -595,7 +595,7 @@ def main(arguments: list[str] | None = None) -> int:
     arms = [arm for arm in ARM_SETS[options.arms](preset) if not (options.no_scratch and arm.start == "scratch")]
     result = compare(
         arms, options.budgets, options.seeds,
-        preset=preset, corpus=options.corpus, workers=options.workers, out=options.out,
+        preset=preset, corpus=options.corpus, workers=options.workers, updates=options.updates, out=options.out,
     )  # fmt: skip
     print(f"\n{table(result)}\n\n{overview(result)}")
     for failure in result["failed"]:
