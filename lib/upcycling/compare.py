@@ -345,10 +345,11 @@ def compare(
 ) -> dict:
     """Run all `arms` at all `budgets` for all `seeds`, in `workers` processes; return what tables and figures need.
 
-    The budget is what `updates` updates (default: the preset's second phase) of the arm named `reference` cost (default:
-    the first MoE that starts from the parent). `out` is written after each run, so that a comparison which is stopped leaves its rows. A run that fails does not stop the
-    others: it is in result["failed"] with its error. Runs that were made before are loaded. Raises ValueError for arms,
-    budgets or seeds that make no comparison. `preset` and `corpus` are those of `load_series`, or a Preset itself.
+    The budget is what `updates` updates (default: the preset's second phase) of the arm named `reference` cost
+    (default: the first MoE that starts from the parent). `out` is written after each run, so that a comparison which
+    is stopped leaves its rows. A run that fails does not stop the others: it is in result["failed"] with its error.
+    Runs that were made before are loaded. Raises ValueError for arms, budgets or seeds that make no comparison.
+    `preset` and `corpus` are those of `load_series`, or a Preset itself.
     """
     arms, budgets, seeds = list(arms), list(budgets), list(seeds)
     reference = _checked(arms, budgets, seeds, reference)
