@@ -158,3 +158,87 @@ def plot_load(loads_by_layer: Mapping[str, Sequence[float]], *, title: str = "")
     if title:
         figure.suptitle(title)
     return figure
+
+
+def plot_length_bias(
+    lengths: Sequence[int], scores: Mapping[str, Sequence[float]], *, bound: str = "", title: str = ""
+):
+    """Scores of documents over their lengths in tokens (log axis), a panel for each score by name.
+
+    `bound` names the score, in nats, that cannot exceed log n, which its panel then shows as a line.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, panels = plt.subplots(1, len(scores), figsize=(4.2 * len(scores), 3.2), layout="constrained", squeeze=False)
+    for i, (axes, (name, values)) in enumerate(zip(panels[0], scores.items(), strict=True)):
+        axes.scatter(lengths, values, s=8, color=COLOURS[i], alpha=0.35, linewidth=0)
+        if name == bound:
+            n = np.geomspace(min(lengths), max(lengths))
+            axes.plot(n, np.log(n), color="0.3", linestyle=":", label="log n, the most there can be")
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.set_xscale("log")
+        axes.set(xlabel="length of the document (tokens)", ylabel=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def plot_quotas(sizes: Sequence[int], quotas: Mapping[str, Sequence[int]], *, unit: str = "documents", title: str = ""):
+    """What each allocation grants each stratum: strata from the largest to the smallest, their sizes as a grey area."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    order = np.argsort(-np.asarray(sizes), kind="stable")
+    rank = np.arange(1, len(order) + 1)
+    figure, axes = plt.subplots(figsize=(7.4, 3.4), layout="constrained")
+    axes.fill_between(rank, np.asarray(sizes)[order], step="mid", color="0.88", label="all there are")
+    for i, (name, granted) in enumerate(quotas.items()):
+        axes.step(rank, np.asarray(granted)[order], where="mid", color=COLOURS[i], linestyle=DASHES[i], label=name)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="strata, the largest first", ylabel=f"{unit} (log scale)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_selected(result: Mapping, title: str = ""):
+    """What each choice of documents does to the loss, less what random does: overall and for each domain.
+
+    `result` is that of `upcycling.selected.study` (or its JSON). A dot for each seed, paired with random of that seed,
+    beside mean ± standard deviation; left of the line is better than random. The scale is linear up to 0.1 nats and
+    logarithmic beyond.
+    """
+    import matplotlib.pyplot as plt
+
+    from .selected import REFERENCE, summarize, values
+
+    rows = [row for row in summarize(result) if row["arm"] != REFERENCE]
+    panels = {"all": "val_loss"} | {name: name for name in rows[0]["per_domain"]}
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(2.4 + 1.75 * len(panels), 1.3 + 0.36 * len(rows)), sharex=True, sharey=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axes, (name, measure) in zip(grid[0], panels.items(), strict=True):
+        theirs = values(result, REFERENCE, measure)
+        axes.axvline(0, color="0.5", linewidth=1)
+        for y, row in enumerate(rows):
+            mean, spread = row["difference"] if measure == "val_loss" else row["per_domain"][name]
+            ours = values(result, row["arm"], measure)
+            dots = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            axes.scatter(dots, [y + 0.24] * len(dots), s=12, color=COLOURS[0], alpha=0.55, linewidth=0, zorder=3)
+            error = spread if spread == spread else 0
+            axes.errorbar(mean, y, xerr=error, fmt="s", ms=5, color=COLOURS[mean > 0], capsize=3, zorder=4)
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_title(name, fontsize=10)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_yticks(range(len(rows)), [row["arm"] for row in rows])
+    grid[0][0].set_ylim(len(rows) - 0.4, -0.6)  # the first arm on top
+    figure.supxlabel("loss less that of random (nats per token): to the left is better", fontsize=10)
+    if title:
+        figure.suptitle(title)
+    return figure
