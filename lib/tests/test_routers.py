@@ -21,6 +21,7 @@ from upcycling import (
     train,
     upcycle,
 )
+from upcycling import moe as moe_module
 from upcycling.config import BALANCES, ModelConfig, count_parameters, forward_flops
 from upcycling.metrics import max_over_mean
 from upcycling.model import DecoderLM
@@ -49,9 +50,9 @@ NOISES = {
 }
 
 
-def make_config(router=None, d=8, layers=2, vocab=11, **moe):
+def make_config(router=None, d=8, depth=2, vocab=11, **moe):
     experts = MoEConfig(**(dict(num_experts=4, top_k=2, router=router, router_std=0.5) | moe))
-    return ModelConfig.smol(vocab_size=vocab, d_model=d, n_layers=layers, n_heads=2, d_ff=12, seq_len=12, moe=experts)
+    return ModelConfig.smol(vocab_size=vocab, d_model=d, n_layers=depth, n_heads=2, d_ff=12, seq_len=12, moe=experts)
 
 
 def make_model(router=None, seed=0, **settings) -> DecoderLM:
@@ -282,7 +283,7 @@ def test_do_copies_keep_the_function(router, renormalize):
     dense = DecoderLM(replace(make_config(), moe=None)).double()
     for parameter in dense.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    settings = make_config(router, renormalize=renormalize, num_experts=8).moe
+    settings = make_config(router, renormalize=renormalize, num_experts=4 if router == "relu" else 8).moe
     moe = upcycle(dense, settings)
     report = check_equivalence(dense, moe, make_tokens(6))
     claims = renormalize if router is None else settings.router.preserves_function(renormalize)
@@ -300,7 +301,7 @@ def test_do_copies_keep_the_function(router, renormalize):
 def test_gradients_of_the_objective(router, balance):
     """Against finite differences; straight-through is no derivative: it has its own test."""
     noisy = balance == "importance" and router in (None, "top_k")
-    model = make_model(router, d=4, layers=2, vocab=5, balance=balance, aux_weight=1.0, z_weight=0.5, noisy=noisy)
+    model = make_model(router, d=4, vocab=5, balance=balance, aux_weight=1.0, z_weight=0.5, noisy=noisy)
     if router == "relu":
         for block in model.blocks:
             block.ffn.rule_state.penalty_weight.fill_(0.5)
@@ -620,10 +621,10 @@ def test_the_selection_bias_balances():
 
 def test_relu_is_driven_to_k_experts():
     """By its penalty, from about half of 16 experts to 2 a token."""
-    layer = make_layer(ReLURouter(start=1e-3), num_experts=16, top_k=2, router_bias=True)
+    layer = make_layer(ReLURouter(start=1e-2, factor=1.05), num_experts=16, top_k=2, router_bias=True)
     optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.02)
     active = []
-    for step in range(400):
+    for step in range(300):
         x_ND = torch.randn(128, 8, generator=torch.Generator().manual_seed(step))
         routing = layer.route(x_ND)
         y_ND = experts_sorted(layer.experts, x_ND, routing)
@@ -750,14 +751,15 @@ def test_export_refuses_what_no_class_has():
      dict(router=TopK(softmax_first=False), balance="sequence")],
 )  # fmt: skip
 def test_export_of_what_a_class_has(settings):
-    model, tokens_BT = make_model(**settings).eval(), make_tokens()
+    model, tokens_BT = make_model(**settings).float().eval(), make_tokens()
     theirs = to_hf(model)
-    torch.testing.assert_close(theirs(input_ids=tokens_BT).logits, model(tokens_BT).logits_BTV)
+    torch.testing.assert_close(theirs(input_ids=tokens_BT).logits, model(tokens_BT).logits_BTV, rtol=1e-4, atol=1e-4)
     assert theirs.config.output_router_logits == (settings.get("balance") != "sequence")
 
 
 @pytest.mark.parametrize("settings", [dict(shared_experts=2), dict(expert_d_ff=5), dict(shared_experts=1, noisy=True)])
-def test_parameters_and_flops_with_shared_and_narrow_experts(settings):
+def test_parameters_and_flops_with_shared_and_narrow_experts(settings, monkeypatch):
+    monkeypatch.setattr(moe_module, "_has_grouped_mm", lambda *_: False)  # which the counter does not know
     model = DecoderLM(make_config(**settings)).train()  # noise is computed in training only
     assert model.num_parameters() == count_parameters(model.config).total
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
