@@ -10,7 +10,16 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from upcycling import DecoderLM, ModelConfig, MoEConfig, TokenStream, TrainConfig, upcycle, upcycle_pretrained  # noqa: E402
+from upcycling import (  # noqa: E402
+    DecoderLM,
+    ModelConfig,
+    MoEConfig,
+    TokenStream,
+    TrainConfig,
+    training,
+    upcycle,
+    upcycle_pretrained,
+)
 from upcycling import continued as module  # noqa: E402
 from upcycling.adapter import TransformersLM, block_size  # noqa: E402
 from upcycling.continued import continue_pretraining, main  # noqa: E402
@@ -134,6 +143,38 @@ def test_a_run_resumes_where_it_stopped_and_not_with_another_balance_weight(tmp_
     for changes in (dict(aux_weight=0.5), dict(parameters="router")):
         with pytest.raises(ValueError, match="cannot be resumed from"):
             run(hf_moe(), make_config(steps=6, schedule="constant"), directory=tmp_path, **changes)
+
+
+def test_a_selection_bias_moves_if_a_callback_moves_it():
+    from upcycling.selection_bias import SelectionBiasMover
+
+    model = hf_moe("seed_oss")
+    biases = [layer.mlp.gate.e_score_correction_bias for layer in model.model.layers]
+    run(model)
+    assert not any(bias_E.any() for bias_E in biases)
+
+    class Move:
+        def due(self, step):
+            return True
+
+        def __call__(self, step, wrapped, row):
+            assert wrapped.model is model
+            if step:
+                mover.step()
+
+    with SelectionBiasMover(model, rate=0.25) as mover:
+        run(model, callbacks=[Move()])
+    for bias_E in biases:
+        assert bias_E.any() and torch.equal(bias_E * 4, (bias_E * 4).round())
+
+
+def test_stacked_biases_are_not_decayed():
+    experts = torch.nn.Module()
+    for name, shape in {"down_proj": (E, 8, 8), "down_proj_bias": (E, 8), "b_up_EF": (E, 8), "norm": (8,)}.items():
+        experts.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+    decayed, rest = training._optimizer(experts, make_config(weight_decay=0.1), torch.device("cpu")).param_groups
+    assert [weight.shape for weight in decayed["params"]] == [(E, 8, 8)] and decayed["weight_decay"] == 0.1
+    assert len(rest["params"]) == 3 and rest["weight_decay"] == 0.0
 
 
 def test_what_was_trained_loads_without_this_library(tmp_path):

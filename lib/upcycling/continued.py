@@ -89,7 +89,7 @@ class ContinuedResult:
 def continue_pretraining(
     model, train_stream: TokenStream, validation_stream: TokenStream, config: TrainConfig, *,
     parameters: str = "all", block: int | None = None, aux_weight: float | None = None, beta: float = 1.0,
-    directory=None, resume: bool = True, progress: bool = True, verbose: bool = True,
+    directory=None, resume: bool = True, progress: bool = True, callbacks=(), verbose: bool = True,
 ) -> ContinuedResult:  # fmt: skip
     """Train an MoE, a `DecoderLM` or a transformers causal MoE, in place, and leave it in eval mode where it was.
 
@@ -105,10 +105,11 @@ def continue_pretraining(
     - beta: weight of the imbalance in the balanced perplexity, exp(CE) * exp(beta * (1 - B)). B, between 0 and 1
       (even), is the entropy of a layer's load over log E, of choices counted over the whole validation set, averaged
       over the layers (`metrics.balance_score`).
-    - directory: for checkpoints and the history; a killed run resumes from there.
+    - directory, resume, progress, callbacks, verbose: as in `train`; a callback gets a transformers model as the
+      `TransformersLM` whose `model` it is.
 
-    A transformers model can be saved by its own `save_pretrained` afterwards. Its `e_score_correction_bias`, where it
-    has one, stays as it is.
+    A transformers model can be saved by its own `save_pretrained` afterwards. A selection bias that it has
+    (`e_score_correction_bias`) stays as it is, unless a callback moves it (`selection_bias`).
 
     Warns where the loss can never move a router (top-1 with renormalised weights, say). Raises ValueError for a dense
     model, streams that do not fit the model or share documents, a stream shorter than a block, weights that are not
@@ -134,7 +135,7 @@ def continue_pretraining(
         with _training_only(model, chosen), _balance_weight(wrapped, aux_weight):
             training = train(
                 wrapped, train_stream, validation_stream, config, seq_len=block, directory=directory, resume=resume,
-                progress=progress, verbose=verbose,
+                progress=progress, callbacks=callbacks, verbose=verbose,
             )  # fmt: skip
         after = evaluate_routing(wrapped, validation_stream, **options)
     finally:
