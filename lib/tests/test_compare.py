@@ -206,7 +206,7 @@ def test_costs_are_measured_once_and_shared_by_equal_configurations(monkeypatch)
 
 def test_seconds_are_medians_of_what_each_round_took(monkeypatch):
     models = [new_model(TINY.model, seed) for seed in (0, 1)]
-    spent = [9, 1, 1, 9, 1.0, 2.0, 2.0, 3.0, 1.0, 9.0]  # dense, other, dense, other, ...; two rounds warm up
+    spent = [1.0, 9.0, 1.0, 9.0, 1.0, 2.0, 2.0, 3.0, 1.0, 9.0]  # dense, other, dense, other, ...; two rounds warm up
     ticks = iter([tick for seconds in spent for tick in (0, seconds)])
     monkeypatch.setattr(compare_module, "time", SimpleNamespace(process_time=lambda: next(ticks)))
     before = [model.token_embedding.weight.clone() for model in models]
