@@ -206,7 +206,7 @@ class ReLURouter(Router):
 
     Differentiable where top-k is not. An L1 penalty on the scores, weighted by each expert's share of the choices,
     drives the mean number of experts per token to `top_k`: after each update a layer's coefficient is multiplied by
-    `factor` when more experts were active, and divided by it when fewer were (ReMoE has one coefficient for all layers).
+    `factor` when more experts were active, and divided by it when fewer were (ReMoE: one for all layers).
     In runs of a few hundred updates the paper's `factor` of 1.2 overshoots K back and forth; 1.05 holds it. A router
     without bias on inputs that are symmetric about 0 has half its scores above 0 whatever its weights. ReMoE's own
     weights are the bare scores (`renormalize=False`). A token whose scores are all negative gets no expert.
