@@ -522,6 +522,23 @@ def test_streams_from_ids_are_keyed_by_content():
     assert len(set(keys)) == 3 and keys[0] == keys[3]
 
 
+def test_a_stream_says_whose_tokens_its_windows_show():
+    """Documents of 3, 1 and 4 tokens, rows 7, 2 and 5; a window's last target counts as shown."""
+    ids = np.array([1, 1, 1, 2, 3, 3, 3, 3], np.uint16)
+    stream = TokenStream(ids, np.array([3, 1, 4]), 10, "key", document_ids=np.array([7, 2, 5]))
+    assert stream.documents_at(0, 3).tolist() == [7]
+    assert stream.documents_at(2, 4).tolist() == [7, 2]
+    assert stream.documents_at(0, 8).tolist() == [7, 2, 5]
+    row_of = {1: 7, 2: 2, 3: 5}
+    for step in range(30):
+        inputs, targets = stream.random_windows(2, 2, seed=0, step=step)
+        shown = sorted({row_of[id] for id in torch.cat([inputs, targets], 1).flatten().tolist()})
+        assert stream.random_document_ids(2, 2, seed=0, step=step).tolist() == shown
+    assert TokenStream.from_ids([1, 2], 5).document_ids.tolist() == [0]
+    with pytest.raises(ValueError, match="2 ids for 3 documents"):
+        TokenStream(ids, np.array([3, 1, 4]), 10, "key", document_ids=np.array([7, 2]))
+
+
 # ----------------------------------------------------------------------------------------------------- real data
 
 
