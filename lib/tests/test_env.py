@@ -177,10 +177,10 @@ def test_colab_keeps_its_torch(project):
     assert lines[guard].startswith('if "google.colab" in sys.modules:')
     assert all(line.startswith((" ", "import ")) or not line for line in lines[:guard] + lines[guard + 1 :])
     installs = [line.split("pip install -q ")[1] for line in lines if "pip install" in line]
-    named, library = installs
+    *named, library = installs
     assert library.startswith("--no-deps -e")
     ours = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
-    named = {requirement.name: requirement for requirement in map(Requirement, shlex.split(named))}
+    named = {requirement.name: requirement for requirement in map(Requirement, shlex.split(" ".join(named)))}
     assert set(named) == set(ours) - {"torch", "numpy"}
     for name, requirement in named.items():  # an older one that Colab has is replaced where ours would not do
         assert set(map(str, requirement.specifier)) <= set(map(str, ours[name].specifier)), name

@@ -28,7 +28,8 @@ if "google.colab" in sys.modules:  # Google Colab: fetch the library, keep the t
     REPOSITORY = "https://github.com/..."  # the address of the repository that holds this notebook
     if not os.path.isdir("/content/upcycling"):
         !git clone -q --depth 1 {REPOSITORY} /content/upcycling
-    !pip install -q accelerate datasets datasketch ipywidgets matplotlib safetensors tokenizers tqdm 'transformers>=5.23'
+    !pip install -q accelerate datasets datasketch ipywidgets matplotlib
+    !pip install -q safetensors tokenizers tqdm 'transformers>=5.23'
     !pip install -q --no-deps -e /content/upcycling
     sys.path.insert(0, "/content/upcycling/lib")
     os.chdir("/content/upcycling/notebooks")"""
