@@ -382,6 +382,9 @@ def test_gradient_of_the_smooth_load():
         return load_loss(torch.func.functional_call(layer, weights, (torch.ones(1, 1, 4, dtype=torch.float64),))[1])
 
     assert torch.autograd.gradcheck(function, (layer.router.weight, layer.noise.weight))
+    few = make_layer(noisy=True, top_k=2, expert_dropout=0.9)  # leaves the two that are chosen
+    load_loss(few.route(torch.randn(5, 8))).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in (few.router.weight, few.noise.weight))
     everyone = make_layer(noisy=True, top_k=4).route(torch.randn(5, 8))
     assert load_loss(everyone) == 0, "all are chosen, whatever the noise"
     with pytest.raises(ValueError, match="needs a noisy router in training mode"):

@@ -422,7 +422,8 @@ def test_sorted_equals_the_loop(router, capacity, dtype, tolerance):
             routing = layer.route(x_ND, torch.arange(n) % 11)
             handle.remove()
             expected, actual = both_paths(layer, routing, x_ND)
-            scale = max(float(value.detach().abs().max()) for value in expected)  # the router's gradient is a difference of such
+            # of the largest of all: the router's gradient is a difference of large numbers
+            scale = max(float(value.detach().abs().max()) for value in expected)
             for one, other in zip(expected, actual):
                 assert (one - other).abs().max() <= tolerance * scale
 
