@@ -12,6 +12,7 @@ from upcycling import series as series_module
 from upcycling.config import PRESETS, ModelConfig, MoEConfig, Preset, TrainConfig
 from upcycling.corpus import entropy_floor, load_corpus
 from upcycling.model import DecoderLM
+from upcycling.moments import carry_moments
 from upcycling.series import Series, artifacts_dir, load_series, new_model
 from upcycling.tokens import TokenStream, train_tokenizer
 from upcycling.training import evaluate, train
@@ -87,6 +88,14 @@ def test_made_or_loaded_is_the_same():
     assert second.history[0]["val_loss"] == pytest.approx(first.final_loss, abs=1e-4), "upcycling is no jump"
     assert second.final_loss == pytest.approx(evaluate(again, loaded.validation_stream))
     assert [name.rsplit("-", 1)[0] for name in folders()] == ["dense-parent", "moe"]
+
+
+def test_the_parents_memory():
+    series = load_series("tiny")
+    parent, _ = series.dense_parent(**QUIET)
+    state = carry_moments(series.parent_checkpoint(), parent, parent)
+    assert {int(values["step"]) for values in state.values()} == {series.preset.dense.steps}
+    assert folders() == [series.parent_checkpoint().parent.name]
 
 
 def test_any_order_gives_the_same(tmp_path, monkeypatch):

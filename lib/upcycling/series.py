@@ -174,6 +174,12 @@ class Series:
         model = new_model(self.preset.model, seed)
         return model, self.trained(model, replace(self.preset.dense, seed=seed), "dense-parent", **options)
 
+    def parent_checkpoint(self, seed: int = 0) -> Path:
+        """The file with which `dense_parent`'s run ended: weights and AdamW's memory, for `carry_moments`."""
+        self.dense_parent(seed, verbose=False)
+        config = replace(self.preset.dense, seed=seed)
+        return self._folder(new_model(self.preset.model, seed), config, "dense-parent") / "latest.safetensors"
+
     def dense_control(self, seed: int = 0, steps: int | None = None, **options) -> tuple[DecoderLM, TrainResult]:
         """The parent trained on, still dense, for the MoE's budget (or `steps` updates): what an MoE must beat.
 
