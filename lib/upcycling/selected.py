@@ -111,7 +111,7 @@ def run(series: Series, choice: Choice, selection: Selection, seed: int, updates
         "arm": choice.name,
         "seed": seed,
         "val_loss": result.final_loss,
-        "history": [(row["step"], row["val_loss"]) for row in result.history if row["val_loss"] is not None],
+        "history": [[row["step"], row["val_loss"]] for row in result.history if row["val_loss"] is not None],
         "per_domain": {name: evaluate(model, stream) for name, stream in series.domain_streams().items()},
         "documents": len(selection),
         "documents_read": len(read),
@@ -125,7 +125,7 @@ def run(series: Series, choice: Choice, selection: Selection, seed: int, updates
         tokens = Counter()
         for name, length in zip(rows.select(selection.indices)["domain"], stream.document_lengths.tolist()):
             tokens[name] += length
-        row["tokens_by_domain"] = {name: tokens[name] for name in row["per_domain"]}
+        row["tokens_by_domain"] = {name: tokens[name] for name in sorted(set(rows["domain"]))}
     if not choice.dense:
         routing = evaluate_routing(model, series.validation_stream)
         row |= {
@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     series = load_series(options.preset, options.corpus)
     try:
         with one_thread():
-            result = study(series, options.seeds, fraction=options.fraction, out=options.out)
+            result = study(series, options.seeds, CHOICES, fraction=options.fraction, out=options.out)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     print(table(result))
