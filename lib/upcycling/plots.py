@@ -177,7 +177,8 @@ def plot_length_bias(
             n = np.geomspace(min(lengths), max(lengths))
             axes.plot(n, np.log(n), color="0.3", linestyle=":", label="log n, the most there can be")
             axes.legend(frameon=False, fontsize=8, loc="lower right")
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(xlabel="length of the document (tokens)", ylabel=name)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
