@@ -210,8 +210,7 @@ def plot_selected(result: Mapping, title: str = ""):
     """What each choice of documents does to the loss, less what random does: overall and for each domain.
 
     `result` is that of `upcycling.selected.study` (or its JSON). A dot for each seed, paired with random of that seed,
-    beside mean ± standard deviation; left of the line is better than random. The scale is linear up to 0.1 nats and
-    logarithmic beyond.
+    beside mean ± standard deviation; left of the line is better than random.
     """
     import matplotlib.pyplot as plt
 
@@ -233,7 +232,6 @@ def plot_selected(result: Mapping, title: str = ""):
             axes.scatter(dots, [y + 0.24] * len(dots), s=12, color=COLOURS[0], alpha=0.55, linewidth=0, zorder=3)
             error = spread if spread == spread else 0
             axes.errorbar(mean, y, xerr=error, fmt="s", ms=5, color=COLOURS[mean > 0], capsize=3, zorder=4)
-        axes.set_xscale("symlog", linthresh=0.1)
         axes.set_title(name, fontsize=10)
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
