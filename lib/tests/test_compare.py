@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
+from tiny import SHORT, TINY
 
 from upcycling import compare as compare_module
 from upcycling.compare import (
@@ -29,7 +31,7 @@ from upcycling.compare import (
     update_flops,
     updates_per_budget,
 )
-from upcycling.config import PRESETS, ModelConfig, MoEConfig, Preset, TrainConfig, forward_flops
+from upcycling.config import PRESETS, ModelConfig, MoEConfig, forward_flops
 from upcycling.initialisation import Copy, Drop
 from upcycling.metrics import domain_divergence, domain_specialization
 from upcycling.moe import expert_load
@@ -38,17 +40,6 @@ from upcycling.series import Series, load_series, new_model
 from upcycling.training import evaluate
 from upcycling.transfer import upcycle
 
-SHORT = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2, eval_every=2, log_every=1)
-TINY = Preset(
-    name="tiny",
-    corpus="worlds",
-    documents=120,
-    tokenizer="train",
-    model=ModelConfig.simple(vocab_size=300, d_model=16, n_layers=2, n_heads=2, d_ff=16, seq_len=32),
-    moe=MoEConfig(num_experts=4, top_k=2),
-    dense=SHORT,
-    sparse=replace(SHORT, steps=4),
-)
 MOE = Arm("upcycled MoE", TINY.moe)
 # softmax over infinite scores is NaN: measured like any other, but its training stops with an error
 BROKEN = Arm("broken", replace(TINY.moe, router_std=1e38))
@@ -57,14 +48,7 @@ STORED = Path(__file__).resolve().parents[2] / "notebooks" / "results"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Artifacts that hold the corpus, the tokenizer, the streams and the parent."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UPCYCLING_ARTIFACTS", str(folder))
-        series = Series(TINY, "worlds")
-        series.dense_parent(progress=False, verbose=False)
-        _ = series.validation_stream, series.domain_streams()
-    return folder
+    return tiny.prepare(tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture(autouse=True)

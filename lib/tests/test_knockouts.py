@@ -5,26 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from upcycling import knockouts
-from upcycling.config import PRESETS, ModelConfig, MoEConfig, Preset, TrainConfig
+from upcycling.config import PRESETS
 from upcycling.intervention import domain_losses, intervene
 from upcycling.knockouts import main, main_experts, summarize, table
 from upcycling.metrics import domain_specialization
 from upcycling.series import load_series
 
-SHORT = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2, eval_every=2, log_every=1)
-TINY = Preset(
-    name="tiny",
-    corpus="worlds",
-    documents=600,
-    tokenizer="train",
-    model=ModelConfig.simple(vocab_size=300, d_model=16, n_layers=2, n_heads=2, d_ff=16, seq_len=32),
-    moe=MoEConfig(num_experts=4, top_k=2, router_std=1.0),
-    dense=SHORT,
-    sparse=replace(SHORT, steps=4),
-)
+TINY = replace(tiny.TINY, documents=600, moe=replace(tiny.TINY.moe, router_std=1.0))
 QUIET = dict(progress=False, verbose=False)
 
 

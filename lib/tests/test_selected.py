@@ -3,29 +3,22 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
 from upcycling import selected
-from upcycling.config import ModelConfig, MoEConfig, Preset, TrainConfig
+from upcycling.config import TrainConfig
 from upcycling.plots import plot_length_bias, plot_quotas, plot_selected
 from upcycling.selected import Choice, budget_of, choose, paired, study, summarize, table, values, verdict
 from upcycling.selection import documents_read
 from upcycling.series import Series
 
 SHORT = TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, eval_every=2)
-TINY = Preset(
-    name="tiny",
-    corpus="worlds",
-    documents=120,
-    tokenizer="train",
-    model=ModelConfig.simple(vocab_size=300, d_model=16, n_layers=2, n_heads=2, d_ff=16, seq_len=128),
-    moe=MoEConfig(num_experts=4, top_k=2),
-    dense=SHORT,
-    sparse=SHORT,
-)
+TINY = replace(tiny.TINY, model=replace(tiny.TINY.model, seq_len=128), dense=SHORT, sparse=SHORT)
 ARMS = (
     Choice("random"),
     Choice("highest count entropy", "count_entropy"),
@@ -35,14 +28,7 @@ ARMS = (
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Artifacts that hold the corpus, the tokenizer, the streams and the parent."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UPCYCLING_ARTIFACTS", str(folder))
-        series = Series(TINY, "worlds")
-        series.dense_parent(progress=False, verbose=False)
-        series.domain_streams()
-    return folder
+    return tiny.prepare(tmp_path_factory.mktemp("artifacts"), TINY)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny import SHORT, TINY
 
 from upcycling import series as series_module
-from upcycling.config import PRESETS, ModelConfig, MoEConfig, Preset, TrainConfig
+from upcycling.config import PRESETS, ModelConfig, TrainConfig
 from upcycling.corpus import entropy_floor, load_corpus
 from upcycling.model import DecoderLM
 from upcycling.moments import carry_moments
@@ -19,17 +20,6 @@ from upcycling.training import evaluate, train
 from upcycling.worlds import WorldConfig
 
 QUIET = dict(progress=False, verbose=False)
-SHORT = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2, eval_every=2, log_every=1)
-TINY = Preset(
-    name="tiny",
-    corpus="worlds",
-    documents=120,
-    tokenizer="train",
-    model=ModelConfig.simple(vocab_size=300, d_model=16, n_layers=2, n_heads=2, d_ff=16, seq_len=32),
-    moe=MoEConfig(num_experts=4, top_k=2),
-    dense=SHORT,
-    sparse=replace(SHORT, steps=4),
-)
 
 
 @pytest.fixture(autouse=True)

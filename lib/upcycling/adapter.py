@@ -88,6 +88,9 @@ class TransformersLM(nn.Module):
         """What training minimises: the loss plus aux_weight times the sum of the layers' balance losses."""
         return output.loss + self.config.moe.aux_weight * output.aux_losses_L.sum()
 
+    def choices(self, output: LMOutput) -> None:
+        """No counts: transformers' routers move nothing between updates (`SelectionBiasMover` does it for them)."""
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether transformers recomputes blocks in the backward pass."""

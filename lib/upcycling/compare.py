@@ -42,7 +42,7 @@ from .config import MoEConfig, Preset
 from .metrics import domain_divergence, max_over_mean
 from .model import DecoderLM
 from .moe import expert_counts
-from .series import Series, artifacts_dir, key_of, load_series
+from .series import Series, add_series_arguments, artifacts_dir, key_of, load_series
 
 BUDGETS = ("tokens", "FLOPs", "seconds")
 SHARED_WITHIN = 0.02  # budgets of one arm whose updates differ by no more than this fraction share one run
@@ -469,10 +469,10 @@ def paired(result: dict, budget: str, arm: str, rival: str) -> tuple[float, floa
     is NaN for a single seed; so are both where the arms share none.
     """
     ours, theirs = losses(result, arm, budget), losses(result, rival, budget)
-    return _mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    return mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
 
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN where there are too few values."""
     mean = statistics.mean(values) if values else float("nan")
     return mean, statistics.stdev(values) if len(values) > 1 else float("nan")
@@ -487,7 +487,7 @@ def summarize(result: dict) -> list[dict]:
     control = result.get("control", DENSE.name)
     for budget in BUDGETS:
         for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
-            mean, spread = _mean_and_spread(list(losses(result, arm, budget).values()))
+            mean, spread = mean_and_spread(list(losses(result, arm, budget).values()))
             if mean == mean:
                 updates = next(r["updates"] for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budget))
                 difference, paired_spread = paired(result, budget, arm, control)
@@ -580,13 +580,9 @@ def _routing_cells(rows: Sequence[dict]) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m upcycling.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default=os.environ.get("UPCYCLING_PRESET", "quick"))
-    parser.add_argument(
-        "--corpus", default=os.environ.get("UPCYCLING_CORPUS"), help="a name or path; default: the preset's"
-    )
+    add_series_arguments(parser)
     parser.add_argument("--arms", choices=sorted(ARM_SETS), default="upcycling", help="default: upcycling")
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, help="of the arm that sets the budget; default: the second phase's")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
     parser.add_argument("--no-scratch", action="store_true", help="leave out the arms from scratch, the longest")

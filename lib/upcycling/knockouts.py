@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -34,12 +32,12 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_text
-from .compare import setting
+from .compare import mean_and_spread, setting
 from .config import IGNORE
 from .intervention import domain_losses, intervene, knockout
 from .metrics import Baseline, domain_divergence, domain_specialization, router_saturation, shuffled_baseline
 from .routing import record_routing
-from .series import Series, load_series
+from .series import Series, add_series_arguments, load_series
 
 RANDOM_DRAWS = 12  # sets of random experts, one a layer
 
@@ -175,11 +173,6 @@ def summarize(result: dict) -> list[dict]:
     return rows
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """(mean, standard deviation of the sample; NaN for one value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
-
-
 def table(result: dict) -> str:
     """The result as text: specialisation against chance, the clearest experts, what removal costs each domain."""
     lines = []
@@ -222,11 +215,7 @@ def _numbers(values, digits: int = 3) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m upcycling.knockouts", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default=os.environ.get("UPCYCLING_PRESET", "quick"))
-    parser.add_argument(
-        "--corpus", default=os.environ.get("UPCYCLING_CORPUS"), help="a name or path; default: the preset's"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_series_arguments(parser)
     parser.add_argument("--windows", type=int, help="at most so many windows per domain (default: all there are)")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, and go on from what is there")
     options = parser.parse_args(arguments)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import sys
 from collections import Counter
@@ -28,11 +27,10 @@ from pathlib import Path
 import torch
 
 from .checkpoint import write_text
-from .compare import one_thread, setting
+from .compare import mean_and_spread, one_thread, setting
 from .diagnosis import evaluate_routing
-from .knockouts import mean_and_spread
 from .selection import STRATA, Selection, documents_read, score_documents, select
-from .series import Series, artifacts_dir, load_series
+from .series import Series, add_series_arguments, artifacts_dir, load_series
 from .training import evaluate
 from .transfer import upcycle
 
@@ -265,11 +263,7 @@ def table(result: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m upcycling.selected", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default=os.environ.get("UPCYCLING_PRESET", "quick"))
-    parser.add_argument(
-        "--corpus", default=os.environ.get("UPCYCLING_CORPUS"), help="a name or path; default: the preset's"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_series_arguments(parser)
     parser.add_argument("--fraction", type=float, default=0.25, help="of the training tokens to choose (default 0.25)")
     parser.add_argument("--out", type=Path, help="write the result here as JSON, and go on from what is there")
     options = parser.parse_args(arguments)

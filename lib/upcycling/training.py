@@ -22,7 +22,6 @@ import torch
 
 from upcycling.checkpoint import load_checkpoint, save_checkpoint, save_model, write_text
 from upcycling.config import IGNORE
-from upcycling.model import DecoderLM
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class _Run:
             with torch.no_grad():
                 aux = out.aux_losses_L.mean() if out.routings else torch.zeros_like(out.loss)
                 sums += torch.stack([out.loss, objective, aux]).float()
-                if isinstance(self.model, DecoderLM) and (counts_LE := self.model.choices(out)) is not None:
+                if (counts_LE := self.model.choices(out)) is not None:
                     counts.append(counts_LE)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         means = accelerator.reduce(sums / config.accumulation, reduction="mean").tolist()
