@@ -35,8 +35,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from .accounting import flop_counter
 from .checkpoint import write_text
 from .config import MoEConfig, Preset
 from .metrics import domain_divergence, max_over_mean
@@ -140,25 +140,7 @@ def update_flops(model: DecoderLM, tokens_BT, targets_BT) -> int:
 
     For a model that computes `top_k` experts this is three times `forward_flops`, B times.
     """
-    aten = torch.ops.aten
-
-    def grouped(a_shape, b_shape, *_, out_shape=None, **__):
-        # (R,I) x (E,I,O) forward, (O,R) x (R,I) in the backward pass: every row meets one matrix
-        return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
-
-    def attention(q_shape, k_shape, *_, out_shape=None, **__):
-        b, h, t, d = q_shape
-        return 2 * 2 * b * h * t * k_shape[2] * d
-
-    def attention_backward(_, q_shape, k_shape, *__, out_shape=None, **___):
-        return 2 * attention(q_shape, k_shape)  # what is computed a second time to save memory is not counted
-
-    uncounted = {
-        aten._grouped_mm: grouped,
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
+    with flop_counter() as counter:
         model.objective(model(tokens_BT, targets_BT)).backward()
     model.zero_grad()
     return counter.get_total_flops()
