@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import ModelConfig, count_parameters, forward_flops
+from .config import REFERENCE, ModelConfig, count_parameters, forward_flops
 from .diagnosis import expert_weights, render_html, render_text, router_weights
 from .model import DecoderLM
 from .router_rules import _LOOKS_LIKE_MOE, find_routers
