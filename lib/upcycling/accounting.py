@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from .activations import activation_bytes, extrapolated_activation_bytes
 from .config import REFERENCE, ModelConfig, count_parameters, forward_flops
 from .diagnosis import expert_weights, render_html, render_text, router_weights
 from .model import DecoderLM
@@ -225,9 +225,10 @@ def account(
     on the meta device: then nothing has its size. `context` (default: `seq_len`) is how many tokens a decoding step
     sees. `activations=False` leaves them out; else they are measured, see `activation_bytes`, in one forward pass
     of the batch. (Of a ModelConfig, and of a DecoderLM on the meta device: on models of one and two layers, from which
-    the rest follows exactly; of a transformers MoE on the meta device they are None.)
-    Experts read by a pass are those that even routing would touch. Raises ValueError for layers that are neither
-    attention nor convolution, and for a transformers MoE whose router is not known to `find_routers`.
+    the rest follows exactly; of a transformers model on the meta device they are None.)
+    Experts read by a pass are those that even routing would touch. Raises ValueError for sequences longer than the
+    model takes, for layers that mix tokens by anything but attention (their products are not known here), and for an
+    MoE whose router `find_routers` does not know.
     """
     if isinstance(model, DecoderLM):
         dtype = model.token_embedding.weight.dtype
@@ -239,6 +240,8 @@ def account(
     context = t if context is None else context
     if batch_size < 1 or t < 1 or context < 1:
         raise ValueError(f"batch_size={batch_size}, seq_len={t} and context={context} must all be at least 1")
+    if max(t, context) > parts.longest:
+        raise ValueError(f"{max(t, context)} tokens do not fit the model's context of {parts.longest}; ask for fewer")
     b = batch_size
     scores, head = parts.score_flops(t, t), 2 * parts.head
     return Account(
@@ -262,6 +265,15 @@ def account(
         read_by_prefill=round(parts.read(b * t)),
         read_by_decode=round(parts.read(b)),
     )
+
+
+def _activations(model, dtype: torch.dtype, batch_size: int, seq_len: int) -> int | None:
+    if isinstance(model, ModelConfig):
+        return extrapolated_activation_bytes(model, dtype, batch_size, seq_len)
+    if next(model.parameters()).is_meta:
+        ours = isinstance(model, DecoderLM)  # transformers looks at values, which are not there
+        return extrapolated_activation_bytes(model.config, dtype, batch_size, seq_len) if ours else None
+    return activation_bytes(model, batch_size, seq_len)
 
 
 # ----------------------------------------------------------------------------------------------- the parts of a model
@@ -350,7 +362,8 @@ def _of_transformers(model: nn.Module) -> _Parts:
             f"a {type(model).__name__} is not a causal language model: give a DecoderLM, a ModelConfig or a "
             "transformers ...ForCausalLM"
         )
-    routers = find_routers(model) if _has_experts(model) else []
+    has_experts = any(_LOOKS_LIKE_MOE.search(type(module).__name__) for module in model.modules())
+    routers = find_routers(model) if has_experts else []
     routed = {id(weight): weight for router in routers for weight in expert_weights(model, router)}
     share = routers[0].holder.top_k / len(next(iter(routed.values()))) if routers else 0.0
     tables, in_products, per_token = {}, {id(head.weight)}, 0
@@ -367,7 +380,7 @@ def _of_transformers(model: nn.Module) -> _Parts:
     some = next(model.parameters())
     return _Parts(
         name=type(model).__name__,
-        longest=getattr(config, "max_position_embeddings", 2048),
+        longest=config.max_position_embeddings,
         bytes_each=some.element_size(),
         total=sum(weight.numel() for weight in model.parameters()),
         experts=sum(weight.numel() for weight in routed.values()),
@@ -379,10 +392,6 @@ def _of_transformers(model: nn.Module) -> _Parts:
         per_token=round(per_token),
         layers=_attention_layers(config),
     )
-
-
-def _has_experts(model: nn.Module) -> bool:
-    return any(_LOOKS_LIKE_MOE.search(type(module).__name__) for module in model.modules())
 
 
 def _attention_layers(config) -> tuple[_Layer, ...]:
@@ -418,75 +427,3 @@ def _refuse(config, what: str):
         f"{config.model_type} has {what}, whose products are not known here; count what a run of it executes with "
         "upcycling.accounting.flop_counter"
     )
-
-
-# -------------------------------------------------------------------------------------------------------- activations
-
-
-def activation_bytes(model: nn.Module, batch_size: int, seq_len: int) -> int:
-    """Bytes that a forward pass with loss, in training mode, keeps for the backward pass, weights excepted: measured.
-
-    The tensors that autograd saves are caught by its hooks; those that share memory count once. What an operation needs
-    for a moment only, and gradients, come on top. Weights, gradients, mode and torch's random state stay. Raises
-    ValueError with gradient checkpointing, which keeps its tensors elsewhere.
-    """
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise ValueError("what gradient checkpointing keeps is not among autograd's saved tensors; turn it off")
-    own = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    saved, training, device = {}, model.training, next(model.parameters()).device
-
-    def keep(tensor):
-        if _memory(tensor) not in own:
-            saved[_memory(tensor)] = tensor  # the tensor, too: memory that is given back would be counted twice
-        return tensor
-
-    vocab = model.config.vocab_size if isinstance(model, DecoderLM) else model.config.get_text_config().vocab_size
-    with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        tokens_BT = torch.randint(vocab, (batch_size, seq_len), device=device)
-        targets_BT = torch.randint(vocab, (batch_size, seq_len), device=device)
-        own |= {_memory(tokens_BT), _memory(targets_BT)}
-        try:
-            model.train()
-            if isinstance(model, DecoderLM):
-                loss = model.objective(model(tokens_BT, targets_BT))
-            else:
-                loss = model(tokens_BT, labels=targets_BT, use_cache=False).loss
-        finally:
-            model.train(training)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    del loss  # until here the graph held what it saved
-    return total
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # not data_ptr, which is 0 for all that has no memory
-
-
-def _activations(model, dtype: torch.dtype, batch_size: int, seq_len: int) -> int | None:
-    if isinstance(model, ModelConfig):
-        return _extrapolated(model, dtype, batch_size, seq_len)
-    if next(model.parameters()).is_meta:
-        if isinstance(model, DecoderLM):
-            return _extrapolated(model.config, dtype, batch_size, seq_len)
-        if _has_experts(model):  # their rows are counted as they run, for which there must be numbers
-            return None
-    return activation_bytes(model, batch_size, seq_len)
-
-
-def _extrapolated(config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int) -> int:
-    """What `activation_bytes` would find, from one and two layers at one and two sequences: it is linear in both."""
-
-    def measured(moe, layers: int) -> int:
-        model = DecoderLM(replace(config, n_layers=layers, moe=moe and replace(moe, layers=None))).to(dtype)
-        one, two = (activation_bytes(model, sequences, seq_len) for sequences in (1, 2))
-        return one + (batch_size - 1) * (two - one)
-
-    n_moe = len(config.moe_layers)
-    with torch.random.fork_rng():
-        total = 0
-        for moe, layers in ((None, config.n_layers - n_moe), (config.moe, n_moe)):
-            if layers:
-                one, two = measured(moe, 1), measured(moe, 2)
-                total += layers * (two - one)
-                rest = one - (two - one)
-    return total + rest
