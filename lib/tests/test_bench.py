@@ -1,36 +1,67 @@
-"""The benchmark's arithmetic and its command line; nothing here asserts a time."""
+"""The benchmark's arithmetic, what its candidates compute, and its command line; nothing here asserts a time."""
 
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from upcycling import bench
+from upcycling.bench import Bench, compared
+from upcycling.bench import layer as layer_case
 
 
 def test_ratios_are_paired_and_the_middle_one_is_reported():
-    pairs = [(2.0, 1.0), (3.0, 1.0), (40.0, 10.0), (5.0, 1.0), (600.0, 100.0)]  # a slow round slows both
-    result = bench.compared("a", "b", "", pairs, goal=3.9)
+    seconds = {"a": [2.0, 3.0, 40.0, 5.0, 600.0], "b": [1.0, 1.0, 10.0, 1.0, 100.0]}  # a slow round slows both
+    result = compared("case", "", seconds, "a", "b", at_most=3.9)
     assert (result.lower_quartile, result.ratio, result.upper_quartile) == (3, 4, 5)
-    assert result.rounds == 5 and result.reached is False
-    assert bench.compared("a", "b", "", pairs, goal=4.0).reached is True
-    assert bench.compared("a", "b", "", pairs, goal=None).reached is None
+    assert result.rounds == 5 and result.measure == "time" and result.reached is False
+    assert compared("case", "", seconds, "a", "b", at_most=4.0).reached is True
+    assert compared("case", "", seconds, "a", "b").reached is None
+    speed = compared("case", "", seconds, "b", "a", at_least=4.0)
+    assert (speed.ratio, speed.measure, speed.reached) == (4, "speed", True)
+    assert compared("case", "", seconds, "b", "a", at_least=4.1).reached is False
 
 
 def test_runs_in_turn_and_leaves_the_warm_up_out():
     calls = []
-    pairs = bench.interleave(lambda: calls.append("A"), lambda: calls.append("B"), rounds=4, warm_up=1)
-    assert "".join(calls) == "ABBAABBAAB"
-    assert len(pairs) == 4 and all(seconds >= 0 for pair in pairs for seconds in pair)
+    functions = {name: (lambda name=name: calls.append(name)) for name in "ABC"}
+    seconds = Bench(rounds=3).times(functions, warm_up=1)
+    assert "".join(calls) == "ABC" + "BCA" + "CAB" + "ABC"
+    assert all(len(values) == 3 and min(values) >= 0 for values in seconds.values())
+    assert len(Bench(rounds=3).times(functions, rounds=5)["A"]) == 5
 
 
-def test_seconds_belong_to_the_one_who_took_them(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+@pytest.mark.parametrize(("threads", "clock"), [(1, "process_time"), (2, "perf_counter")])
+def test_seconds_belong_to_the_one_who_took_them(threads, clock, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, clock, lambda: now[0])
 
     def takes(seconds):
-        return lambda: clock.__setitem__(0, clock[0] + seconds)
+        return lambda: now.__setitem__(0, now[0] + seconds)
 
-    assert bench.interleave(takes(3), takes(1), rounds=3) == [(3, 1)] * 3
+    seconds = Bench(rounds=3, threads=threads).times({"slow": takes(3), "quick": takes(1)})
+    assert seconds == {"slow": [3] * 3, "quick": [1] * 3}
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_every_case_can_be_imported_and_has_its_function(case):
+    module = importlib.import_module(f"upcycling.bench.{case}")
+    assert callable(module.compare) and module.__doc__
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_all_layers_compute_the_same_and_a_different_one_is_noticed(activation, monkeypatch):
+    shape = layer_case.Shape(32, 64, 4, 2, 16, activation)
+    layers = layer_case.candidates(shape, "cpu")
+    assert len(layers) == 6
+    x_ND = torch.randn(16, 32)
+    for module in layers.values():
+        assert torch.allclose(module(x_ND), layers["the definition's loop"](x_ND), atol=1e-6)
+    monkeypatch.setattr(layer_case._Tutorial, "forward", lambda self, x_ND: 1.01 * x_ND)
+    with pytest.raises(RuntimeError, match="index_add loop over modules does not compute the same layer"):
+        layer_case.candidates(shape, "cpu")
 
 
 def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
@@ -43,7 +74,22 @@ def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(["speed"], "recording"), (["--rounds", "1"], "at least 6 rounds")])
+def test_the_table_says_what_was_reached(capsys):
+    seconds = {"a": [2.0, 2.0], "b": [1.0, 1.0]}
+    lines = [compared("c", "here", seconds, "a", "b", at_most=1.5), compared("c", "here", seconds, "a", "b")]
+    lines.append(replace(lines[0], setting="there", measure="speed"))
+    text = bench.table(lines)
+    assert text.count("c: here") == text.count("c: there") == text.count("MISSED") == text.count("reached") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["speed"], "recording"),
+        (["--rounds", "1"], "at least 3 rounds"),
+        (["--threads", "0"], "at least 3 rounds and 1 thread"),
+    ],
+)
 def test_bad_arguments_are_explained(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)

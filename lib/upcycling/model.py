@@ -28,6 +28,7 @@ from .moe import (
     sequence_aux_loss,
     z_loss,
 )
+from .products import Linear
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         kv_width = config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.d_model, config.d_model, bias=config.qkv_bias)
-        self.k = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
-        self.v = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=config.attention_out_bias)
+        self.q = Linear(config.d_model, config.d_model, bias=config.qkv_bias)
+        self.k = Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.v = Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.out = Linear(config.d_model, config.d_model, bias=config.attention_out_bias)
 
     def forward(self, x_BTD: Tensor, rotary, cache: KVCache | None, layer: int) -> Tensor:
         c, (b, t, _) = self.config, x_BTD.shape
@@ -127,10 +128,10 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = config.activation
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.ffn_bias)
+        self.up = Linear(config.d_model, config.d_ff, bias=config.ffn_bias)
         gated = config.activation == "swiglu"
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.ffn_bias) if gated else None
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.ffn_bias)
+        self.gate = Linear(config.d_model, config.d_ff, bias=config.ffn_bias) if gated else None
+        self.down = Linear(config.d_ff, config.d_model, bias=config.ffn_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF = None if self.gate is None else self.gate(x_BTD)
@@ -178,7 +179,7 @@ class DecoderLM(nn.Module):
         self.position_embedding = nn.Embedding(config.seq_len, config.d_model) if learned else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight

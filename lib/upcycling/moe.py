@@ -16,13 +16,16 @@ Other rules for step 2 are in `upcycling.routers`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .config import ModelConfig
+from .products import linear, product, takes_onednn
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,9 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:
         """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has."""
+        if len(x_RD) and takes_onednn(x_RD, self.w_up_EFD):
+            weights = (self.w_up_EFD, self.w_gate_EFD, self.w_down_EDF, self.b_up_EF, self.b_gate_EF, self.b_down_ED)
+            return _ExpertByExpert.apply(self.activation, counts_E.tolist(), x_RD, *weights)
         up_RF = grouped_linear(x_RD, self.w_up_EFD, self.b_up_EF, expert_ids_R, counts_E)
         gate_RF = None
         if self.w_gate_EFD is not None:
@@ -215,15 +221,76 @@ class Experts(nn.Module):
             activate(self.activation, up_RF, gate_RF), self.w_down_EDF, self.b_down_ED, expert_ids_R, counts_E
         )
 
-    def expert(self, e: int, x_ND: Tensor) -> Tensor:
+    def expert(self, e: int, x_ND: Tensor, linear=F.linear) -> Tensor:
         """y_ND: x_ND through expert `e` alone; the definition of what an expert computes."""
 
-        def linear(x, weight, bias):
-            return F.linear(x, weight[e], None if bias is None else bias[e])
+        def apply(x, weight, bias):
+            return linear(x, weight[e], None if bias is None else bias[e])
 
-        up_NF = linear(x_ND, self.w_up_EFD, self.b_up_EF)
-        gate_NF = None if self.w_gate_EFD is None else linear(x_ND, self.w_gate_EFD, self.b_gate_EF)
-        return linear(activate(self.activation, up_NF, gate_NF), self.w_down_EDF, self.b_down_ED)
+        up_NF = apply(x_ND, self.w_up_EFD, self.b_up_EF)
+        gate_NF = None if self.w_gate_EFD is None else apply(x_ND, self.w_gate_EFD, self.b_gate_EF)
+        return apply(activate(self.activation, up_NF, gate_NF), self.w_down_EDF, self.b_down_ED)
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    """`Experts.forward` by oneDNN's products, one expert after the other, so that its rows stay in the cache.
+
+    The backward pass writes each expert's gradients into one tensor for all; it keeps the rows and what comes out of
+    the first matrices, and computes the activations again.
+    """
+
+    @staticmethod
+    def forward(ctx, activation, counts, x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED):
+        y_RD, hidden = torch.empty_like(x_RD), []
+        for e, rows in _rows_of(counts):
+            up_RF = product(x_RD[rows], w_up_EFD[e], None if b_up_EF is None else b_up_EF[e])
+            gate_RF = None
+            if w_gate_EFD is not None:
+                gate_RF = product(x_RD[rows], w_gate_EFD[e], None if b_gate_EF is None else b_gate_EF[e])
+            y_RD[rows] = product(
+                activate(activation, up_RF, gate_RF), w_down_EDF[e], None if b_down_ED is None else b_down_ED[e]
+            )
+            hidden += [up_RF] if gate_RF is None else [up_RF, gate_RF]
+        ctx.activation, ctx.counts = activation, counts
+        ctx.save_for_backward(x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED, *hidden)
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_RD):
+        x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, *rest = ctx.saved_tensors
+        biases, hidden = rest[:3], iter(rest[3:])
+        dy_RD, dx_RD = dy_RD.contiguous(), torch.empty_like(x_RD)
+        weights = (w_up_EFD, w_gate_EFD, w_down_EDF, *biases)
+        used = [count > 0 for count in ctx.counts]
+        gradients = [None if w is None else torch.empty_like(w) if all(used) else torch.zeros_like(w) for w in weights]
+        dw_up_EFD, dw_gate_EFD, dw_down_EDF, db_up_EF, db_gate_EF, db_down_ED = gradients
+        for e, rows in _rows_of(ctx.counts):
+            x, dy = x_RD[rows], dy_RD[rows]
+            inputs = [next(hidden).detach().requires_grad_() for _ in range(1 if w_gate_EFD is None else 2)]
+            with torch.enable_grad():
+                act_RF = activate(ctx.activation, *inputs, *[None] * (2 - len(inputs)))
+            dact_RF = product(dy, w_down_EDF[e].t())
+            dup_RF, *dgate_RF = torch.autograd.grad(act_RF, inputs, dact_RF)
+            dw_down_EDF[e] = product(dy.t(), act_RF.detach().t())
+            dw_up_EFD[e] = product(dup_RF.t(), x.t())
+            dx_RD[rows] = product(dup_RF, w_up_EFD[e].t())
+            if dgate_RF:
+                dw_gate_EFD[e] = product(dgate_RF[0].t(), x.t())
+                dx_RD[rows] += product(dgate_RF[0], w_gate_EFD[e].t())
+            for bias, grad in ((db_up_EF, dup_RF), (db_gate_EF, dgate_RF and dgate_RF[0]), (db_down_ED, dy)):
+                if bias is not None:
+                    bias[e] = grad.sum(0)
+        return None, None, dx_RD, *gradients
+
+
+def _rows_of(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for each expert that has any; rows are sorted by expert."""
+    end = 0
+    for e, count in enumerate(counts):
+        start, end = end, end + count
+        if count:
+            yield e, slice(start, end)
 
 
 def activate(name: str, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
@@ -293,6 +360,31 @@ def experts_sorted(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
     y_RD = experts(x_RD, expert_ids_R, counts_E)
     # embedding_bag looks up each token's K rows and adds them with their weights in one pass
     return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=routing.weights_NK.to(y_RD.dtype))
+
+
+FEW_ROWS = 64  # up to here sorting takes longer than what it saves
+
+
+def experts_few(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
+    """y_ND for a handful of tokens on a CPU, as in generation: the chosen experts one by one, nothing sorted.
+
+    Without gradients, and for rules that choose K experts for each token.
+    """
+    ids_NK = routing.expert_ids_NK.tolist()
+    weights_NK = routing.weights_NK.to(x_ND.dtype)
+    if len(ids_NK) == 1:
+        y_KD = torch.cat([experts.expert(e, x_ND, linear) for e in ids_NK[0]])
+        return weights_NK @ y_KD
+    places_of = {}  # expert -> the (token, choice) pairs that it serves
+    for n, ids in enumerate(ids_NK):
+        for k, e in enumerate(ids):
+            places_of.setdefault(e, []).append((n, k))
+    places_R = [place for places in places_of.values() for place in places]
+    row_of_NK = torch.empty(weights_NK.shape, dtype=torch.long)
+    row_of_NK[tuple(zip(*places_R))] = torch.arange(len(places_R))
+    rows = x_ND.index_select(0, torch.tensor([n for n, _ in places_R])).split([len(p) for p in places_of.values()])
+    y_RD = torch.cat([experts.expert(e, x, linear) for e, x in zip(places_of, rows, strict=True)])
+    return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=weights_NK)
 
 
 def limit_capacity(routing: Routing, factor: float) -> Routing:
@@ -379,9 +471,11 @@ class MoELayer(nn.Module):
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND, None if tokens_BT is None else tokens_BT.flatten())
-        y_ND = experts_sorted(self.experts, x_ND, routing)
+        few = x_ND.device.type == "cpu" and routing.expert_ids_NK.numel() <= FEW_ROWS and routing.kept_NK is None
+        compute = experts_few if few and not torch.is_grad_enabled() else experts_sorted
+        y_ND = compute(self.experts, x_ND, routing)
         if self.shared is not None:
-            y_ND = y_ND + self.shared.expert(0, x_ND)
+            y_ND = y_ND + self.shared.expert(0, x_ND, linear)
         return y_ND.view_as(x_BTD), routing
 
     @torch.no_grad()

@@ -1,0 +1,251 @@
+"""The MoE layer beside a dense FFN of the same active FLOPs, transformers' experts, tutorial loops, and its floor.
+
+All candidates of a line hold the same weights and route by the same rule; that their outputs agree is checked before
+anything is timed. The floor is the matrix products alone: all rows through one expert's matrices, outputs allocated
+beforehand, forward once and backward twice.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig, MoEConfig
+from ..model import FeedForward
+from ..moe import MoELayer, activate, experts_loop
+from ..products import product, takes_onednn
+from . import Bench, Comparison, compared
+
+
+@dataclass(frozen=True)
+class Shape:
+    d: int
+    f: int
+    experts: int
+    top_k: int
+    tokens: int
+    activation: str = "gelu"
+
+    def __str__(self) -> str:
+        ffn = f"{self.activation} d {self.d} ff {self.f}"
+        return f"{ffn}, {self.experts} experts top-{self.top_k}, {self.tokens:,} token{'s' * (self.tokens > 1)}"
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=8, d_model=self.d, n_layers=1, n_heads=1, d_ff=self.f, seq_len=8, activation=self.activation,
+            ffn_bias=False, moe=MoEConfig(self.experts, self.top_k),
+        )  # fmt: skip
+
+
+A = Shape(256, 1024, 8, 2, 2048)
+B = Shape(832, 3328, 8, 2, 2048)
+C = Shape(512, 1024, 16, 2, 1024)
+D = Shape(576, 1536, 8, 2, 2048, "swiglu")
+TRAINING = (A, replace(A, tokens=8192), B, C, D)
+FEW_TOKENS = tuple(replace(shape, tokens=tokens) for shape in (A, B) for tokens in (1, 8))
+
+OURS, FLOOR = "MoE layer", "its matrix products alone"
+DENSE, PLAIN = "dense FFN, same active FLOPs", "the same of nn.Linear"
+GROUPED, EAGER, BATCHED = ("transformers " + name for name in ("grouped_mm", "eager", "batched_mm"))
+INDEX_ADD, DEFINITION = "index_add loop over modules", "the definition's loop"
+
+
+def compare(bench: Bench) -> list[Comparison]:
+    """Training (forward and backward) at the shapes of `TRAINING`, inference at those of `FEW_TOKENS`."""
+    results = []
+    for shape in (A, C, D) if bench.quick else TRAINING:
+        results += _training(bench, shape)
+    for shape in FEW_TOKENS:
+        results += _few_tokens(bench, shape)
+    return results
+
+
+def _training(bench: Bench, shape: Shape) -> list[Comparison]:
+    layers = candidates(shape, bench.device)
+    layers[DENSE] = FeedForward(replace(shape.model, d_ff=shape.top_k * shape.f, moe=None)).to(bench.device)
+    layers[PLAIN] = _PlainFFN(shape.d, shape.top_k * shape.f, shape.activation).to(bench.device)
+    x_ND, gradient_ND = (torch.randn(shape.tokens, shape.d, device=bench.device) for _ in range(2))
+    x_ND.requires_grad_()
+
+    def step(layer):
+        def forward_and_backward():
+            layer(x_ND).backward(gradient_ND)
+            x_ND.grad = None
+            layer.zero_grad()
+
+        return forward_and_backward
+
+    functions = {name: step(layer) for name, layer in layers.items()} | {FLOOR: products(shape, bench.device)}
+    functions.pop(BATCHED)  # copies the weights for each row: gigabytes
+    seconds = bench.times(functions, rounds=max(3, bench.rounds // 2) if shape.d > 600 else None)
+    many = shape.tokens * shape.top_k / shape.experts >= 500
+    goals = {
+        DENSE: dict(at_most=1.06 if many else 1.20),
+        PLAIN: {},
+        FLOOR: {},
+        GROUPED: dict(at_least=1.0),
+        EAGER: dict(at_least=2.0 if shape.experts == 16 else 1.25),
+        INDEX_ADD: dict(at_least=1.1),
+        DEFINITION: dict(speed=True),
+    }
+    setting = f"forward and backward, {shape}"
+    return [compared("layer", setting, seconds, OURS, peer, **goal) for peer, goal in goals.items()]
+
+
+def _few_tokens(bench: Bench, shape: Shape) -> list[Comparison]:
+    layers = candidates(shape, bench.device)
+    x_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
+    repeat = 10  # one call takes less than a millisecond
+
+    def forward(layer):
+        @torch.no_grad()
+        def calls():
+            for _ in range(repeat):
+                layer(x_ND)
+
+        return calls
+
+    seconds = bench.times({name: forward(layer.eval()) for name, layer in layers.items()}, rounds=2 * bench.rounds)
+    peers = [name for name in (GROUPED, EAGER, BATCHED) if name in layers]
+    fastest = min(peers, key=lambda name: statistics.median(seconds[name]))
+    goal = 1.3 if shape.d <= 256 else 1.0
+    return [compared("layer", f"forward, {shape}", seconds, OURS, fastest, at_least=goal)]
+
+
+class _Output(nn.Module):
+    """Our layer, its output alone."""
+
+    def __init__(self, layer: MoELayer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_ND):
+        return self.layer(x_ND)[0]
+
+
+class _Definition(_Output):
+    """Our layer, computed by the loop that defines it."""
+
+    def forward(self, x_ND):
+        return experts_loop(self.layer.experts, x_ND, self.layer.route(x_ND))
+
+
+class _PlainFFN(nn.Module):
+    """An FFN of torch's own `nn.Linear`."""
+
+    def __init__(self, d: int, f: int, activation: str):
+        super().__init__()
+        self.activation = activation
+        self.up, self.down = nn.Linear(d, f, bias=False), nn.Linear(f, d, bias=False)
+        self.gate = nn.Linear(d, f, bias=False) if activation == "swiglu" else None
+
+    def forward(self, x):
+        return self.down(activate(self.activation, self.up(x), None if self.gate is None else self.gate(x)))
+
+
+class _Tutorial(nn.Module):
+    """What tutorials write: a module for each expert, a mask, index_add."""
+
+    def __init__(self, layer: MoELayer, shape: Shape):
+        super().__init__()
+        self.router, self.shape = layer.router, shape
+        self.experts = nn.ModuleList(_PlainFFN(shape.d, shape.f, shape.activation) for _ in range(shape.experts))
+        with torch.no_grad():
+            for e, expert in enumerate(self.experts):
+                expert.up.weight.copy_(layer.experts.w_up_EFD[e])
+                expert.down.weight.copy_(layer.experts.w_down_EDF[e])
+                if expert.gate is not None:
+                    expert.gate.weight.copy_(layer.experts.w_gate_EFD[e])
+
+    def forward(self, x_ND):
+        weights_NK, ids_NK = self.router(x_ND).softmax(-1).topk(self.shape.top_k)
+        weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
+        y_ND = torch.zeros_like(x_ND)
+        for e, expert in enumerate(self.experts):
+            token_R, choice_R = torch.where(ids_NK == e)
+            if len(token_R):
+                y_ND.index_add_(0, token_R, expert(x_ND[token_R]) * weights_NK[token_R, choice_R, None])
+        return y_ND
+
+
+class _Transformers(nn.Module):
+    """transformers' own router and experts: Mixtral's for SwiGLU, Nemotron-H's (no gate matrix) for GELU."""
+
+    def __init__(self, layer: MoELayer, shape: Shape, implementation: str):
+        super().__init__()
+        from transformers import MixtralConfig, NemotronHConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+        mixtral = MixtralConfig(
+            hidden_size=shape.d, intermediate_size=shape.f, num_local_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+        )  # fmt: skip
+        self.router = MixtralTopKRouter(mixtral)
+        self.router.weight = layer.router.weight
+        up_EFD, down_EDF, gate_EFD = layer.experts.w_up_EFD, layer.experts.w_down_EDF, layer.experts.w_gate_EFD
+        if shape.activation == "swiglu":
+            mixtral._experts_implementation = implementation
+            self.experts = MixtralExperts(mixtral)
+            self.experts.gate_up_proj = nn.Parameter(torch.cat([gate_EFD.detach(), up_EFD.detach()], dim=1))
+        else:
+            config = NemotronHConfig(
+                hidden_size=shape.d, moe_intermediate_size=shape.f, n_routed_experts=shape.experts,
+                mlp_hidden_act="gelu", moe_latent_size=None,
+            )  # fmt: skip
+            config._experts_implementation = implementation
+            self.experts = NemotronHExperts(config)
+            self.experts.up_proj = nn.Parameter(up_EFD.detach().clone())
+        self.experts.down_proj = nn.Parameter(down_EDF.detach().clone())
+
+    def forward(self, x_ND):
+        _, weights_NK, ids_NK = self.router(x_ND)
+        return self.experts(x_ND, ids_NK, weights_NK)
+
+
+def candidates(shape: Shape, device: str) -> dict[str, nn.Module]:
+    """Every implementation of the layer with the same weights; RuntimeError if one computes something else."""
+    layer = MoELayer(shape.model)
+    for weight in (layer.experts.w_up_EFD, layer.experts.w_down_EDF, layer.experts.w_gate_EFD):
+        if weight is not None:
+            nn.init.normal_(weight, std=0.02)
+    layers = {OURS: _Output(layer), DEFINITION: _Definition(layer), INDEX_ADD: _Tutorial(layer, shape)}
+    for name in (GROUPED, EAGER, BATCHED):
+        layers[name] = _Transformers(layer, shape, name.split()[1])
+    layers = {name: module.to(device) for name, module in layers.items()}
+    x_ND = torch.randn(8, shape.d, device=device)
+    with torch.no_grad():
+        expected_ND = layers[DEFINITION](x_ND)
+        for name, module in layers.items():
+            difference = float((module(x_ND) - expected_ND).abs().max())
+            if not difference <= 1e-4 * float(expected_ND.abs().max()):
+                raise RuntimeError(f"{name} does not compute the same layer: its output differs by {difference:.1e}")
+    return layers
+
+
+def products(shape: Shape, device: str):
+    """A function that does the matrix products of a forward and backward pass, by the faster way, nothing else."""
+    rows = shape.tokens * shape.top_k
+    ins = [shape.d] * (2 if shape.activation == "swiglu" else 1) + [shape.f]
+    outs = [shape.f] * (2 if shape.activation == "swiglu" else 1) + [shape.d]
+    matrices = []
+    for i, o in zip(ins, outs):
+        x, y, w = (torch.randn(size, device=device) for size in ((rows, i), (rows, o), (o, i)))
+        matrices.append((x, y, w, torch.empty_like(x), torch.empty_like(y), torch.empty_like(w)))
+    by_onednn = takes_onednn(x, w)
+
+    @torch.no_grad()
+    def run():
+        for x, y, w, dx, out, dw in matrices:
+            if by_onednn:
+                product(x, w), product(y, w.t()), product(y.t(), x.t())
+                continue
+            torch.mm(x, w.t(), out=out)
+            torch.mm(y, w, out=dx)
+            torch.mm(y.t(), x, out=dw)
+
+    return run

@@ -1,0 +1,63 @@
+"""How the layer's cost grows: with the tokens (linearly) and with the experts at fixed k (hardly)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+
+import torch
+
+from ..moe import MoELayer
+from . import Bench, Comparison
+from .layer import A
+
+TOKENS = (256, 1024, 4096, 16384)
+EXPERTS = (4, 8, 16, 32, 64)
+
+
+def compare(bench: Bench) -> list[Comparison]:
+    """Exponents of a power law fitted to seconds of forward and backward, each beside what a linear cost would give.
+
+    The ratio is the exponent itself: 1 for a cost that grows as the tokens do, 0 for one that does not depend on E.
+    """
+    by_tokens = _seconds(bench, {n: replace(A, tokens=n) for n in TOKENS})
+    by_experts = _seconds(bench, {e: replace(A, experts=e, tokens=4096) for e in EXPERTS})
+    return [
+        _exponent(
+            bench, f"{A.activation} d {A.d} ff {A.f}, 8 experts top-2, tokens {TOKENS}", "tokens", by_tokens, 1.1
+        ),
+        _exponent(bench, f"the same, 4,096 tokens, experts {EXPERTS}", "experts", by_experts, 0.15),
+    ]
+
+
+def _seconds(bench: Bench, shapes) -> dict[int, list[float]]:
+    """{size: seconds per round} of a layer's forward and backward pass; the sizes run in turn."""
+
+    def step(shape):
+        layer = MoELayer(shape.model).to(bench.device)
+        for weight in layer.experts.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        x_ND, gradient_ND = (torch.randn(shape.tokens, shape.d, device=bench.device) for _ in range(2))
+
+        def forward_and_backward():
+            layer(x_ND)[0].backward(gradient_ND)
+            layer.zero_grad()
+
+        return forward_and_backward
+
+    rounds = 4 if bench.quick else max(6, bench.rounds // 3)
+    return bench.times({size: step(shape) for size, shape in shapes.items()}, rounds=rounds)
+
+
+def exponent(seconds: dict[int, float]) -> float:
+    """The slope of the least-squares line through (log size, log seconds)."""
+    xs, ys = [math.log(size) for size in seconds], [math.log(value) for value in seconds.values()]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def _exponent(bench: Bench, setting: str, what: str, seconds: dict[int, list[float]], goal: float) -> Comparison:
+    rounds = len(next(iter(seconds.values())))
+    slopes = [exponent({size: values[r] for size, values in seconds.items()}) for r in range(rounds)]
+    lower, middle, upper = statistics.quantiles(slopes, n=4, method="inclusive")
+    return Comparison("scaling", f"seconds ~ {what}^x", "x", setting, "time", middle, lower, upper, rounds, goal)
