@@ -22,12 +22,12 @@ def compare(bench: Bench) -> list[Comparison]:
     The ratio is the exponent itself: 1 for a cost that grows as the tokens do, 0 for one that does not depend on E.
     """
     by_tokens = _seconds(bench, {n: replace(A, tokens=n) for n in TOKENS})
-    by_experts = _seconds(bench, {e: replace(A, experts=e, tokens=4096) for e in EXPERTS})
+    by_experts = _seconds(bench, {e: replace(A, experts=e, tokens=TOKENS[-1]) for e in EXPERTS})
     return [
         _exponent(
             bench, f"{A.activation} d {A.d} ff {A.f}, 8 experts top-2, tokens {TOKENS}", "tokens", by_tokens, 1.1
         ),
-        _exponent(bench, f"the same, 4,096 tokens, experts {EXPERTS}", "experts", by_experts, 0.15),
+        _exponent(bench, f"the same, {TOKENS[-1]:,} tokens, experts {EXPERTS}", "experts", by_experts, 0.15),
     ]
 
 
