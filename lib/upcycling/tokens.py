@@ -13,7 +13,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -421,8 +422,8 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
             total=record["documents"], initial=record["done"], desc="tokenizing", unit="doc", disable=not progress
         )
         with bar:
-            for batch in _batches(_texts(dataset, column, record["done"])):
-                documents = encode_documents(tokenizer, batch)
+            batches = _batches(_texts(dataset, column, record["done"]))
+            for documents in _one_ahead(lambda batch: encode_documents(tokenizer, batch), batches):
                 lengths = np.fromiter(map(len, documents), dtype="<i8", count=len(documents))
                 ids = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum())
                 _check_ids(ids, record["vocab_size"])
@@ -434,6 +435,22 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
                 _write_record(files, record)
                 bar.update(len(documents))
     return record
+
+
+def _one_ahead(function: Callable, items: Iterable) -> Iterator:
+    """function(item) of each item in order; while one is in use, a thread makes the next.
+
+    Encoding runs on all cores and without Python's lock, what follows it on one: so neither waits for the other.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        before = None
+        for item in items:
+            coming = thread.submit(function, item)
+            if before is not None:
+                yield before.result()
+            before = coming
+        if before is not None:
+            yield before.result()
 
 
 def _write_record(files: _Files, record: dict) -> None:
