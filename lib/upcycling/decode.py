@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .model import Attention, Block, DecoderLM, FeedForward, KVCache, rotary_tables
 from .moe import Experts, MoELayer, activate
+from .products import Linear
 
 Function = Callable[[np.ndarray], np.ndarray]
 _KNOWN = (DecoderLM, Block, Attention, FeedForward, MoELayer, Experts, nn.Module, nn.ModuleList)
-_KNOWN += (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
+_KNOWN += (nn.Linear, Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
 
 
 def can_decode(model) -> bool:
@@ -49,8 +50,7 @@ def can_decode(model) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     changed = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None
-    own_linear = isinstance(module, nn.Linear) and type(module).__module__.startswith(__package__)
-    return (type(module) in _KNOWN or own_linear) and not changed and "forward" not in vars(module)
+    return type(module) in _KNOWN and not changed and "forward" not in vars(module)
 
 
 class Decoder:
