@@ -82,7 +82,8 @@ class TransformersLM(nn.Module):
         loss = None
         if targets_BT is not None:
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
-        return LMOutput(logits_BTV, loss, [_routing(router, found[router.layer]) for router in self.routers])
+        routings = [_routing(router, found[router.layer]) for router in self.routers]
+        return LMOutput(logits_BTV, loss, routings, len(tokens_BT))
 
     def objective(self, output: LMOutput) -> Tensor:
         """What training minimises: the loss plus aux_weight times the sum of the layers' balance losses."""

@@ -28,16 +28,19 @@ from .moe import (
     sequence_aux_loss,
     z_loss,
 )
-from .products import Linear
+from .products import Linear, linear_cross_entropy
+
+MANY_LOGITS = 2**26  # 256 MiB in float32
 
 
 @dataclass(frozen=True)
 class LMOutput:
     """What one forward pass returns."""
 
-    logits_BTV: Tensor
+    logits_BTV: Tensor | None  # None beside a loss over more than MANY_LOGITS, which is computed in chunks
     loss: Tensor | None = None  # mean cross-entropy in nats over the targets that are not IGNORE
     routings: list[Routing] = field(default_factory=list)  # one per MoE layer, in order
+    sequences: int = 1  # B
 
     @property
     def aux_losses_L(self) -> Tensor:
@@ -51,7 +54,7 @@ class LMOutput:
 
     def _per_layer(self, function) -> Tensor:
         values = [function(routing) for routing in self.routings]
-        return torch.stack(values) if values else self.logits_BTV.new_zeros(0)
+        return torch.stack(values) if values else torch.zeros(0)
 
 
 class KVCache:
@@ -206,6 +209,9 @@ class DecoderLM(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None) -> LMOutput:
         """Logits for each position, the loss if `targets_BT` is given, and each MoE layer's routing.
 
+        With targets and more than MANY_LOGITS logits (a large vocabulary) only the loss, which then never holds them
+        all; call without targets for the logits.
+
         `targets_BT[b, t]` is the token that should follow `tokens_BT[b, t]`; IGNORE (-100) is not counted. With a
         `cache`, the tokens continue those that the cache has seen. Raises ValueError for a sequence longer than the
         context and, on a CPU (where looking costs no synchronisation), for an id outside the vocabulary.
@@ -231,13 +237,18 @@ class DecoderLM(nn.Module):
                 routings.append(routing)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        logits_BTV = self.head(self.norm(x_BTD))
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is not None and tokens_BT.numel() * self.config.vocab_size > MANY_LOGITS:
+            weight_VD, bias_V, targets_N = self.head.weight, self.head.bias, targets_BT.flatten()
+            loss = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, bias_V, targets_N, IGNORE)
+            return LMOutput(None, loss, routings, len(tokens_BT))
+        logits_BTV = self.head(x_BTD)
         loss = None
         if targets_BT is not None:
             logits_NV = logits_BTV.flatten(0, 1)
             logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
             loss = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORE)
-        return LMOutput(logits_BTV, loss, routings)
+        return LMOutput(logits_BTV, loss, routings, len(tokens_BT))
 
     def objective(self, output: LMOutput) -> Tensor:
         """What training minimises: the loss plus, for an MoE, the weighted sums over layers of balance and z loss.
@@ -262,7 +273,7 @@ class DecoderLM(nn.Module):
         if balance == "pooled":
             return len(routings) * pooled_aux_loss(routings)
         if balance == "sequence":
-            return sum(sequence_aux_loss(routing, len(output.logits_BTV)) for routing in routings)
+            return sum(sequence_aux_loss(routing, output.sequences) for routing in routings)
         noisy = [routing for routing in routings if routing.noise_std_NE is not None]
         return sum(map(importance_loss, routings)) + sum(map(load_loss, noisy))
 

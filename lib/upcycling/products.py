@@ -79,6 +79,56 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return multiply(x_RI, weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
 
 
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are made with the loss, chunk by chunk, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx, x_NI, weight_VI, bias_V, targets_N, ignore_index, chunk):
+        wanted = any(ctx.needs_input_grad[:3])
+        if torch.is_autocast_enabled(x_NI.device.type):
+            dtype = torch.get_autocast_dtype(x_NI.device.type)
+            x_NI, weight_VI = x_NI.to(dtype), weight_VI.to(dtype)
+        count = (targets_N != ignore_index).sum()
+        total = x_NI.new_zeros((), dtype=torch.promote_types(x_NI.dtype, torch.float32))
+        dx_NI = torch.empty_like(x_NI) if wanted else None
+        dweight_VI = torch.zeros_like(weight_VI, dtype=total.dtype) if wanted else None
+        dbias_V = torch.zeros_like(bias_V) if wanted and bias_V is not None else None
+        for start in range(0, len(x_NI), chunk):
+            x, targets = x_NI[start : start + chunk], targets_N[start : start + chunk]
+            logits = linear(x, weight_VI, None if bias_V is None else bias_V.to(x.dtype)).to(total.dtype)
+            total += F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+            if wanted:
+                real = targets != ignore_index
+                gradient = logits.softmax(-1)
+                gradient[torch.arange(len(x), device=x.device), targets.where(real, 0)] -= 1
+                gradient *= (real.to(total.dtype) / count).unsqueeze(-1)
+                dx_NI[start : start + chunk] = linear(gradient.to(x.dtype), weight_VI.t())
+                dweight_VI += linear(gradient.t().to(x.dtype), x.t())
+                if dbias_V is not None:
+                    dbias_V += gradient.sum(0).to(dbias_V.dtype)
+        ctx.save_for_backward(dx_NI, dweight_VI, dbias_V)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        gradients = [None if gradient is None else gradient * dloss for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None
+
+
+MOST_LOGITS = 2**24  # that exist at once: 64 MiB in float32
+
+
+def linear_cross_entropy(x_NI: Tensor, weight_VI: Tensor, bias_V: Tensor | None, targets_N: Tensor, ignore_index: int):
+    """Mean cross-entropy (nats) of the logits `x_NI @ weight_VI.T + bias_V`, which never exist all at once.
+
+    Rows are taken in chunks of `MOST_LOGITS` / V; targets equal to `ignore_index` are not counted. Memory beside the
+    gradients: one chunk of logits and as much again, where cross_entropy of all logits takes three times N x V.
+    """
+    chunk = max(1, MOST_LOGITS // len(weight_VI))
+    return _LinearCrossEntropy.apply(x_NI, weight_VI, bias_V, targets_N, ignore_index, chunk)
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, computed by `linear`."""
 

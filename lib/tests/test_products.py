@@ -1,0 +1,194 @@
+"""Matrix products by oneDNN and the loss in chunks: the same values and gradients as torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from upcycling import moe, products
+from upcycling.config import IGNORE, ModelConfig, MoEConfig
+from upcycling.model import DecoderLM
+from upcycling.products import Linear, linear, linear_cross_entropy, takes_onednn
+
+has_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this build of torch has no oneDNN product",
+)
+
+
+@pytest.fixture(params=[pytest.param(True, marks=has_onednn), False], ids=["onednn", "torch"])
+def onednn(request, monkeypatch):
+    """Either way, whatever this machine would choose."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    return request.param
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+def assert_close(ours, theirs, relative=1e-6):
+    """Equal within `relative` of the largest entry: sums in another order."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and float((a - b).abs().max()) <= relative * float(b.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(300,), (1, 300), (7, 300), (2, 5, 300), (0, 300), (64, 300)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_that_of_torch(shape, bias, onednn):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(260, 300, requires_grad=True)
+    wanted = [x, weight] + ([torch.randn(260, requires_grad=True)] if bias else [])
+    bias_O = wanted[2] if bias else None
+    assert takes_onednn(x, weight) == onednn
+    ours, theirs = linear(x, weight, bias_O), F.linear(x, weight, bias_O)
+    dy = torch.randn_like(theirs)
+    if x.numel():
+        assert_close([ours, *gradients((ours * dy).sum(), *wanted)], [theirs, *gradients((theirs * dy).sum(), *wanted)])
+    assert ours.shape == theirs.shape
+    expanded = gradients(linear(x, weight, bias_O).sum(), *wanted)  # a gradient whose strides are all 0
+    if x.numel():
+        assert_close(expanded, gradients(F.linear(x, weight, bias_O).sum(), *wanted))
+
+
+def test_only_the_gradients_that_are_wanted_are_computed(onednn):
+    x, weight = torch.randn(8, 256), torch.randn(256, 256, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 8 * 256 * 256  # forward, and the weight's gradient
+    with torch.no_grad():
+        assert not linear(x, weight).requires_grad
+
+
+@has_onednn
+def test_what_onednn_does_not_take(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    x, weight = torch.randn(4, 256), torch.randn(256, 256)
+    assert takes_onednn(x, weight)
+    assert not takes_onednn(x.double(), weight.double()) and not takes_onednn(x.bfloat16(), weight.bfloat16())
+    assert not takes_onednn(x, torch.randn(255, 256)) and not takes_onednn(x.to("meta"), weight.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    layer = Linear(256, 256)
+    assert set(layer.state_dict()) == {"weight", "bias"} and isinstance(layer, torch.nn.Linear)
+
+
+def small_moe(**fields):
+    sizes = dict(vocab_size=64, d_model=256, n_layers=2, n_heads=4, d_ff=320, seq_len=32)
+    return DecoderLM(ModelConfig.smol(**sizes, moe=MoEConfig(num_experts=4, top_k=2), **fields))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("load", ["router", "one expert", "empty experts"])
+def test_experts_are_those_of_the_loop_values_and_gradients(activation, bias, load, onednn):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=8, d_model=256, n_layers=1, n_heads=1, d_ff=320, seq_len=8, activation=activation, ffn_bias=bias,
+        moe=MoEConfig(num_experts=4, top_k=1 if load == "one expert" else 2),
+    )  # fmt: skip
+    layer = moe.MoELayer(config)
+    for weight in layer.experts.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    x_ND = torch.randn(33, 256, requires_grad=True)
+    routing = layer.route(x_ND)
+    if load == "one expert":
+        probabilities_NE, ids_NK = routing.probabilities_NE, torch.full((33, 1), 2)
+        routing = moe.Routing(routing.logits_NE, probabilities_NE, ids_NK, probabilities_NE[:, 2:3])
+    if load == "empty experts":
+        ids_NK = torch.tensor([[1, 3]]).expand(33, 2)
+        routing = moe.Routing(routing.logits_NE, routing.probabilities_NE, ids_NK, routing.weights_NK)
+    wanted = [x_ND, layer.router.weight, *layer.experts.parameters()]
+    dy_ND, results = torch.randn(33, 256), []
+    for compute in (moe.experts_sorted, moe.experts_loop):
+        y_ND = compute(layer.experts, x_ND, routing)
+        found = torch.autograd.grad((y_ND * dy_ND).sum(), wanted, retain_graph=True, allow_unused=True)
+        results.append([y_ND.detach(), *(g if g is not None else torch.zeros(1) for g in found)])
+    assert_close(*results, relative=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 32])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_few_tokens_without_sorting_are_the_same(tokens, activation, onednn):
+    torch.manual_seed(0)
+    layer = small_moe(activation=activation).blocks[0].ffn
+    x_ND = torch.randn(tokens, 256)
+    routing = layer.route(x_ND)
+    with torch.no_grad():
+        assert_close(
+            [moe.experts_few(layer.experts, x_ND, routing)], [moe.experts_loop(layer.experts, x_ND, routing)], 2e-6
+        )
+        y_BTD, _ = layer(x_ND[None])
+    assert torch.equal(y_BTD[0], moe.experts_few(layer.experts, x_ND, routing))  # the path that the layer takes
+
+
+def test_checkpointed_blocks_have_the_same_gradients(onednn):
+    torch.manual_seed(0)
+    model = small_moe().train()
+    ids_BT = torch.randint(64, (4, 33))
+    found = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model.objective(model(ids_BT[:, :-1], ids_BT[:, 1:])).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_in_chunks_is_cross_entropy(bias, chunk, dtype, onednn, monkeypatch):
+    monkeypatch.setattr(products, "MOST_LOGITS", 300 * chunk)
+    torch.manual_seed(0)
+    x, weight = torch.randn(23, 256, dtype=dtype), torch.randn(300, 256, dtype=dtype) / 16
+    wanted = [t.requires_grad_() for t in ([x, weight, torch.randn(300, dtype=dtype)] if bias else [x, weight])]
+    targets = torch.randint(300, (23,))
+    targets[[0, 9, 22]] = IGNORE
+    bias_V = wanted[2] if bias else None
+    ours = linear_cross_entropy(x, weight, bias_V, targets, IGNORE)
+    theirs = F.cross_entropy(F.linear(x, weight, bias_V), targets, ignore_index=IGNORE)
+    relative = 1e-12 if dtype == torch.float64 else 2e-6
+    assert_close([ours, *gradients(3 * ours, *wanted)], [theirs, *gradients(3 * theirs, *wanted)], relative)
+
+
+def test_a_large_vocabulary_never_holds_all_logits(monkeypatch):
+    """The largest tensor of a training step is a chunk of the logits, not all of them."""
+    monkeypatch.setattr("upcycling.model.MANY_LOGITS", 2**16)
+    monkeypatch.setattr(products, "MOST_LOGITS", 2**14)
+    torch.manual_seed(0)
+    model = DecoderLM(ModelConfig.smol(vocab_size=4096, d_model=8, n_layers=1, n_heads=1, d_ff=8, seq_len=32))
+    ids_BT = torch.randint(4096, (4, 33))
+    tokens_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.append(max((t.numel() for t in [result] if isinstance(t, torch.Tensor)), default=0))
+            return result
+
+    with Watch():
+        output = model(tokens_BT, targets_BT)
+        model.objective(output).backward()
+    assert output.logits_BTV is None and max(largest) == 4096 * 8 < 128 * 4096
+    chunked = [parameter.grad.clone() for parameter in model.parameters()]
+    monkeypatch.setattr("upcycling.model.MANY_LOGITS", 2**26)
+    model.zero_grad()
+    whole = model(tokens_BT, targets_BT)
+    whole.loss.backward()
+    assert whole.logits_BTV.shape == (4, 32, 4096)
+    assert_close([output.loss.detach()], [whole.loss.detach()])
+    assert_close(chunked, [parameter.grad for parameter in model.parameters()], 5e-6)
+    assert model(tokens_BT).logits_BTV is not None
+
+
+def test_the_loss_in_chunks_under_autocast():
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 64, requires_grad=True), (torch.randn(96, 64) / 8).requires_grad_()
+    targets = torch.randint(96, (40,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, None, targets, IGNORE)
+    loss.backward()
+    exact = F.cross_entropy(F.linear(x, weight), targets)
+    assert loss.dtype == torch.float32 and x.grad.dtype == weight.grad.dtype == torch.float32
+    assert_close([loss.detach()], [exact.detach()], 1e-2)
+    assert_close([x.grad, weight.grad], gradients(exact, x, weight), 2e-2)
