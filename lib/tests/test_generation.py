@@ -15,7 +15,7 @@ from upcycling.generation import generate
 from upcycling.huggingface import to_hf
 from upcycling.intervention import intervene
 from upcycling.model import DecoderLM
-from upcycling.routers import ROUTERS
+from upcycling.routers import ROUTERS, TopP
 
 SIZES = dict(vocab_size=29, d_model=16, n_layers=2, n_heads=4, d_ff=24, seq_len=24)
 MOE = MoEConfig(num_experts=4, top_k=2, router_std=1.0)
@@ -195,6 +195,16 @@ def test_an_intervention_is_heard():
             assert torch.equal(text_BT, generate(model, prompt_BT, 12, use_cache=False))
         assert not torch.equal(text_BT, plain_BT), change
     assert torch.equal(generate(model, prompt_BT, 12), plain_BT)
+
+
+def test_experts_that_are_not_chosen_are_not_computed():
+    model = make_model(ModelConfig.smol(**SIZES, moe=MoEConfig(num_experts=4, top_k=2, router=TopP(threshold=1.0))))
+    prompt_BT = torch.tensor([[1, 2, 3]])
+    with intervene(model, remove=[0]):
+        expected_BT = generate(model, prompt_BT, 12)
+        for block in model.blocks:
+            block.ffn.experts.w_up_EFD.data[0] = torch.nan
+        assert can_decode(model) and torch.equal(generate(model, prompt_BT, 12), expected_BT)
 
 
 def test_whoever_watches_or_changes_a_module_sees_every_token():

@@ -171,12 +171,10 @@ def _experts(layer: MoELayer) -> Callable[[np.ndarray, int], np.ndarray]:
 
     def feed(x_D, token):
         routing = layer.route(torch.from_numpy(x_D)[None], torch.tensor([token]))
-        chosen = zip(routing.expert_ids_NK[0].tolist(), routing.weights_NK[0].tolist())
-        if routing.kept_NK is not None:
-            chosen = (choice for choice, kept in zip(chosen, routing.kept_NK[0].tolist()) if kept)
         y_D = np.zeros_like(x_D) if shared is None else shared(x_D)
-        for e, weight in chosen:
-            y_D += weight * units[e](x_D)
+        for e, weight in zip(routing.expert_ids_NK[0].tolist(), routing.weights_NK[0].tolist()):
+            if weight:  # a choice that was not kept has weight 0
+                y_D += weight * units[e](x_D)
         return y_D
 
     return feed
