@@ -5,7 +5,8 @@ and how little is done between two of them. NumPy's dot product of each row with
 (out, in), at nearly the speed of memory, where the products that torch calls reach half of it (MKL on AMD, measured);
 transposed copies for them would read at two thirds, need the memory twice, and cost what 40 to 180 tokens save. It
 uses one thread. The arrays below share memory with the model's parameters and its KVCache: nothing is copied, set-up
-takes a millisecond, no weight is stale. Routing is `MoELayer.route` itself, so every rule works, also one that `upcycling.intervention` changes for a while.
+takes a millisecond, no weight is stale. Routing is `MoELayer.route` itself, so every rule works, also one that
+`upcycling.intervention` changes for a while.
 
 Shapes: D model width, F FFN width, H query heads, G key/value heads, C head width, S context, V vocabulary, I inputs
 and O outputs of a matrix.
