@@ -1,5 +1,7 @@
 """Matrix products by oneDNN and the loss in chunks: the same values and gradients as torch's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ has_onednn = pytest.mark.skipif(
 @pytest.fixture(params=[pytest.param(True, marks=has_onednn), False], ids=["onednn", "torch"])
 def onednn(request, monkeypatch):
     """Either way, whatever this machine would choose."""
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", request.param)
     return request.param
 
 
@@ -61,7 +63,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(onednn):
 
 @has_onednn
 def test_what_onednn_does_not_take(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
     x, weight = torch.randn(4, 256), torch.randn(256, 256)
     assert takes_onednn(x, weight)
     assert not takes_onednn(x.double(), weight.double()) and not takes_onednn(x.bfloat16(), weight.bfloat16())
@@ -192,3 +194,24 @@ def test_the_loss_in_chunks_under_autocast():
     assert loss.dtype == torch.float32 and x.grad.dtype == weight.grad.dtype == torch.float32
     assert_close([loss.detach()], [exact.detach()], 1e-2)
     assert_close([x.grad, weight.grad], gradients(exact, x, weight), 2e-2)
+
+
+@pytest.mark.parametrize("moe_config", [None, MoEConfig(num_experts=4, top_k=2)], ids=["dense", "moe"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "model"])
+def test_torch_compile_keeps_values_and_gradients(moe_config, blocks, onednn):
+    """Traced by dynamo and AOT autograd, without the step that needs a C++ compiler."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = DecoderLM(replace(small_moe().config, moe=moe_config))
+    compiled = DecoderLM(model.config)
+    compiled.load_state_dict(model.state_dict())
+    for part in compiled.blocks if blocks else [compiled]:
+        part.compile(backend="aot_eager")
+    ids_BT = torch.randint(64, (2, 33))
+    results = []
+    for each in (compiled, model):
+        output = each(ids_BT[:, :-1], ids_BT[:, 1:])
+        each.objective(output).backward()
+        results.append([output.logits_BTV.detach(), *(parameter.grad for parameter in each.parameters())])
+    assert_close(*results, 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled

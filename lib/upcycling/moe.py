@@ -468,6 +468,9 @@ class MoELayer(nn.Module):
             routing = replace(routing, clean_logits_NE=clean_NE, noise_std_NE=noise_std_NE)
         return routing if self.moe.capacity_factor is None else limit_capacity(routing, self.moe.capacity_factor)
 
+    # As torch.compiler.disable, which would load the compiler here. How many rows an expert gets depends on the data:
+    # torch.compile takes the rest of a block and leaves this as it is.
+    @torch._disable_dynamo
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND, None if tokens_BT is None else tokens_BT.flatten())

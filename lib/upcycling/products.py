@@ -3,7 +3,7 @@
 Torch multiplies float32 matrices on x86 through MKL, which on AMD processors does not use the AVX-512 units that Zen 4
 and later have. oneDNN, which every x86 build of torch contains, does: about twice the speed on those machines, equal
 elsewhere. So `linear` takes oneDNN's products, forward and backward, where that is so and the matrix is large enough
-to gain; on any other device, dtype and size, under autocast and when torch.compile traces, it is `F.linear`. The
+to gain; on any other device, dtype and size, and under autocast, it is `F.linear`. The
 experts of an MoE do the same (`upcycling.moe.Experts`).
 
 Shapes: R rows, I inputs, O outputs of a matrix.
@@ -11,7 +11,6 @@ Shapes: R rows, I inputs, O outputs of a matrix.
 
 from __future__ import annotations
 
-import functools
 import platform
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 NARROWEST = 256  # both sides of a weight: narrower ones gain little, least in their own gradient
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
+def _onednn_is_faster() -> bool:
     """Whether this is an AMD processor with AVX-512, and torch holds oneDNN's product for plain tensors."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
@@ -36,21 +34,36 @@ def onednn_is_faster() -> bool:
     return "AuthenticAMD" in vendor
 
 
+ONEDNN_IS_FASTER = _onednn_is_faster()  # a constant, so that torch.compile takes it for one
+
+
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply the rows of `x` by `weight` (..., O, I)."""
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and min(weight.shape[-2:]) >= NARROWEST
-        and onednn_is_faster()
+        and ONEDNN_IS_FASTER
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
 def product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x_RI @ weight_OI.T + bias_O by oneDNN, without autograd; either may be the transpose of a contiguous matrix."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(x_RI, weight_OI, bias_O)
     return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
+
+
+@torch.library.custom_op("upcycling::product", mutates_args=())
+def _opaque_product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`product` for torch.compile, which would otherwise want constant, packed weights for oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
+
+
+@_opaque_product.register_fake
+def _(x_RI, weight_OI, bias_O):
+    return x_RI.new_empty(len(x_RI), len(weight_OI))
 
 
 class _Linear(torch.autograd.Function):

@@ -7,6 +7,7 @@ matrix products would take at the speed of one large product, forward once and b
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from . import Bench, Comparison, compared
 SHAPE = ModelConfig.smol(vocab_size=2048, d_model=384, n_layers=6, n_heads=6, d_ff=1024, seq_len=256)
 MOE = replace(SHAPE, moe=MoEConfig(num_experts=8, top_k=2))
 BATCH = 8
+COMPILED = "ours, blocks compiled"
 FLOOR = "its matrix products at the speed of a large one"
 
 
@@ -29,6 +31,17 @@ def compare(bench: Bench) -> list[Comparison]:
     """Tokens per second of a dense model and of an MoE with 8 experts, top-2, at 2,048 tokens a step."""
     rounds = max(3, bench.rounds // 3)
     return _dense(bench, rounds) + _moe(bench, rounds)
+
+
+def _compiled(bench: Bench, model: DecoderLM) -> dict[str, DecoderLM]:
+    """The model with its blocks compiled, where there is a C++ compiler and time for it."""
+    if bench.quick or not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        return {}
+    twin = DecoderLM(model.config)
+    twin.load_state_dict(model.state_dict())
+    for block in twin.blocks:
+        block.compile()
+    return {COMPILED: twin}
 
 
 def _setting(config: ModelConfig) -> str:
@@ -40,9 +53,10 @@ def _setting(config: ModelConfig) -> str:
 def _dense(bench: Bench, rounds: int) -> list[Comparison]:
     ours = DecoderLM(SHAPE).to(bench.device)
     gpt = NanoGPT(SHAPE, d_ff=SHAPE.d_ff * 3 // 2).to(bench.device)  # two matrices of 1.5 times the width: equal FLOPs
-    seconds = _times(bench, rounds, {"ours": ours, "transformers Llama": to_hf(ours), "nanoGPT-like": gpt})
+    models = {"ours": ours, "transformers Llama": to_hf(ours), "nanoGPT-like": gpt} | _compiled(bench, ours)
+    seconds = _times(bench, rounds, models)
     goals = {"transformers Llama": dict(at_least=1.15), "nanoGPT-like": dict(at_least=1.0), FLOOR: {}}
-    return [compared("step", _setting(SHAPE), seconds, "ours", peer, **goal) for peer, goal in goals.items()]
+    return _lines(SHAPE, seconds, goals, {})
 
 
 def _moe(bench: Bench, rounds: int) -> list[Comparison]:
@@ -53,9 +67,19 @@ def _moe(bench: Bench, rounds: int) -> list[Comparison]:
         peers[name] = to_hf(ours)
         peers[name].set_experts_implementation(implementation)
         peers[name].config.output_router_logits = False  # their balance loss is another one: ours alone pays for it
-    seconds = _times(bench, rounds, {"ours": ours} | peers)
-    goals = dict(zip(names, (dict(at_least=1.15), dict(at_least=1.3)))) | {FLOOR: {}}
-    return [compared("step", _setting(MOE), seconds, "ours", peer, **goal) for peer, goal in goals.items()]
+    seconds = _times(bench, rounds, {"ours": ours} | peers | _compiled(bench, ours))
+    goals = dict(zip(names, (dict(at_least=1.15), dict(at_least=1.3))))
+    compiled = dict(zip(names, (dict(at_least=1.25), dict(at_least=1.4))))
+    return _lines(MOE, seconds, goals | {FLOOR: {}}, compiled)
+
+
+def _lines(config: ModelConfig, seconds, goals: dict[str, dict], goals_compiled: dict[str, dict]) -> list[Comparison]:
+    setting = _setting(config)
+    lines = [compared("step", setting, seconds, "ours", peer, **goal) for peer, goal in goals.items()]
+    if COMPILED in seconds:
+        peers = goals_compiled or {"ours": dict(speed=True)}
+        lines += [compared("step", setting, seconds, COMPILED, peer, **goal) for peer, goal in peers.items()]
+    return lines
 
 
 def _times(bench: Bench, rounds: int, models: dict[str, nn.Module]) -> dict[str, list[float]]:
