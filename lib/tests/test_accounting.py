@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from upcycling import model as model_module
 from upcycling.accounting import account, flop_counter, published_claims, side_by_side
 from upcycling.activations import activation_bytes
 from upcycling.config import REFERENCE, ModelConfig, MoEConfig, count_parameters, forward_flops
@@ -181,6 +182,14 @@ def test_activations_of_a_configuration_are_those_of_the_built_model(name):
     measured = account(DecoderLM(config), 3, T).activations
     assert account(config, 3, T).activations == measured
     assert account(on_meta(lambda: DecoderLM(config)), 3, T).activations == measured
+
+
+def test_activations_where_the_loss_never_holds_all_logits(monkeypatch):
+    config = CONFIGS["moe gelu"]
+    whole = account(config, 3, T).activations
+    monkeypatch.setattr(model_module, "MANY_LOGITS", 2 * T * config.vocab_size)  # less than three sequences have
+    in_chunks = account(config, 3, T).activations
+    assert account(DecoderLM(config), 3, T).activations == in_chunks < whole
 
 
 def test_measuring_leaves_no_trace():

@@ -162,7 +162,7 @@ def side_by_side(accounts: Mapping[str, Account]) -> Table:
         "GFLOPs backward": lambda a: _rounded(a.backward, 1e9),
         "GFLOPs training update": lambda a: _rounded(a.update, 1e9),
         "GFLOPs prefill": lambda a: _rounded(a.prefill, 1e9),
-        "GFLOPs decoding a token": lambda a: _rounded(a.decode, 1e9),
+        "GFLOPs decoding step": lambda a: _rounded(a.decode, 1e9),
         "MiB weights": lambda a: _rounded(a.weights, 2**20),
         "MiB gradients": lambda a: _rounded(a.gradients, 2**20),
         "MiB AdamW": lambda a: _rounded(a.optimizer, 2**20),
