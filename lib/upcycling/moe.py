@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .config import ModelConfig
-from .products import linear, product, takes_onednn
+from .products import linear, product, row_linear, takes_onednn
 
 
 @dataclass(frozen=True)
@@ -370,11 +370,10 @@ def experts_few(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
 
     Without gradients, and for rules that choose K experts for each token.
     """
-    ids_NK = routing.expert_ids_NK.tolist()
-    weights_NK = routing.weights_NK.to(x_ND.dtype)
+    ids_NK, weights_NK = routing.expert_ids_NK.tolist(), routing.weights_NK
     if len(ids_NK) == 1:
-        y_KD = torch.cat([experts.expert(e, x_ND, linear) for e in ids_NK[0]])
-        return weights_NK @ y_KD
+        y_KD = torch.cat([experts.expert(e, x_ND, row_linear) for e in ids_NK[0]])
+        return weights_NK.to(y_KD.dtype) @ y_KD
     places_of = {}  # expert -> the (token, choice) pairs that it serves
     for n, ids in enumerate(ids_NK):
         for k, e in enumerate(ids):
@@ -383,8 +382,8 @@ def experts_few(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
     row_of_NK = torch.empty(weights_NK.shape, dtype=torch.long)
     row_of_NK[tuple(zip(*places_R))] = torch.arange(len(places_R))
     rows = x_ND.index_select(0, torch.tensor([n for n, _ in places_R])).split([len(p) for p in places_of.values()])
-    y_RD = torch.cat([experts.expert(e, x, linear) for e, x in zip(places_of, rows, strict=True)])
-    return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=weights_NK)
+    y_RD = torch.cat([experts.expert(e, x, row_linear) for e, x in zip(places_of, rows, strict=True)])
+    return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=weights_NK.to(y_RD.dtype))
 
 
 def limit_capacity(routing: Routing, factor: float) -> Routing:

@@ -34,6 +34,12 @@ class Shape:
         return f"{ffn}, {self.experts} experts top-{self.top_k}, {self.tokens:,} token{'s' * (self.tokens > 1)}"
 
     @property
+    def gigaflops(self) -> float:
+        """Of the matrix products of one forward and backward pass."""
+        matrices = 3 if self.activation == "swiglu" else 2
+        return 6e-9 * matrices * self.tokens * self.top_k * self.d * self.f
+
+    @property
     def model(self) -> ModelConfig:
         return ModelConfig(
             vocab_size=8, d_model=self.d, n_layers=1, n_heads=1, d_ff=self.f, seq_len=8, activation=self.activation,
@@ -81,7 +87,7 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
 
     functions = {name: step(layer) for name, layer in layers.items()} | {FLOOR: products(shape, bench.device)}
     functions.pop(BATCHED)  # copies the weights for each row: gigabytes
-    seconds = bench.times(functions, rounds=max(3, bench.rounds // 2) if shape.d > 600 else None)
+    seconds = bench.times(functions, rounds=max(4, bench.rounds // 3) if shape.gigaflops > 40 else None)
     many = shape.tokens * shape.top_k / shape.experts >= 500
     goals = {
         DENSE: dict(at_most=1.06 if many else 1.20),
