@@ -22,8 +22,8 @@ def plot_latency(
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
-    _lines(panels[0], {name: _scaled(points, 1e3) for name, points in prefill.items()})
     panels[0].set(xlabel="tokens of the prompt", ylabel="prefill: ms for the prompt", yscale="log")
+    _lines(panels[0], {name: _scaled(points, 1e3) for name, points in prefill.items()})
     _lines(panels[1], {name: _scaled(points, 1e3) for name, points in decode.items()})
     panels[1].set(xlabel="tokens before it", ylabel="decode: ms for one token", ylim=(0, None))
     panels[0].legend(frameon=False, fontsize=9)
@@ -40,8 +40,8 @@ def plot_throughput(throughput: Mapping[str, Mapping[int, float]], *, relative_t
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
-    _lines(panels[0], throughput)
     panels[0].set(ylabel="decode: tokens per second", yscale="log")
+    _lines(panels[0], throughput)
     base = throughput[relative_to]
     _lines(panels[1], {name: {b: v / base[b] for b, v in points.items()} for name, points in throughput.items()})
     panels[1].set(ylabel=f"speed / that of “{relative_to}”", ylim=(0, None))
@@ -93,6 +93,8 @@ def plot_memory_and_flops(accounts: Mapping, title: str = ""):
 
 
 def _lines(axes, curves) -> None:
+    from matplotlib.ticker import LogLocator
+
     for i, (name, points) in enumerate(curves.items()):
         axes.plot(
             list(points), list(points.values()), label=name, color=COLOURS[i], linestyle=DASHES[i], marker=_MARKERS[i],
@@ -102,6 +104,9 @@ def _lines(axes, curves) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -2,9 +2,9 @@
 
     time_by_kind({"MoE": moe_step, "dense": dense_step})      # {"MoE": {"matrix products": seconds, ...}, ...}
 
-The profiler names each operation that torch runs and the time spent in it, less that of the operations it calls. It
-writes down every one of thousands, which takes time itself, most where operations are small: read shares from it, and
-take times from `upcycling.bench`.
+The profiler names each operation that torch runs and the time spent in it, less that of the operations it calls. Its
+clock is the wall's, and it writes down every one of thousands, which takes time itself, most where operations are
+small: read shares from it, and take times from `upcycling.bench`.
 """
 
 from __future__ import annotations
@@ -48,18 +48,20 @@ def kind_of(operation: str) -> str:
 def time_by_kind(functions: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
     """Seconds of a call of each function, by kind of operation, on the CPU: {name: {kind: seconds}}.
 
-    All run in turn, `rounds` times after one call that is not counted; the seconds are means. A row adds up to the
-    whole call.
+    All run in turn, `rounds` times after one call that is not counted; of each function its fastest call is kept, the
+    one that other work disturbed least. A row adds up to that whole call.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines to stderr for each profile
-    seconds = {name: dict.fromkeys(KINDS, 0.0) for name in functions}
     for function in functions.values():
         function()
+    calls = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            seconds = dict.fromkeys(KINDS, 0.0)
             for event in _profile(function):
-                seconds[name][kind_of(event.key)] += event.self_cpu_time_total / 1e6 / rounds
-    return seconds
+                seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+            calls[name].append(seconds)
+    return {name: min(of, key=lambda seconds: sum(seconds.values())) for name, of in calls.items()}
 
 
 def _profile(function: Callable[[], object]):
@@ -71,15 +73,15 @@ def _profile(function: Callable[[], object]):
 
 
 def as_text(seconds: Mapping[str, Mapping[str, float]], baseline: str) -> str:
-    """The result of `time_by_kind` as a table: milliseconds, and how much each kind adds to `baseline`'s whole."""
+    """The result of `time_by_kind` as a table: per cent of `baseline`'s whole call, and what the others add to it."""
     others = [name for name in seconds if name != baseline]
     whole = sum(seconds[baseline].values())
     width = max(map(len, KINDS)) + 2
-    columns = [f"{name} (ms)" for name in seconds] + [f"{name} adds" for name in others]
-    lines = [" " * width + "  ".join(columns)]
+    columns = [*seconds, *(f"{name} adds" for name in others)]
+    lines = [f"{'% of the ' + baseline:{width}}" + "".join(f"{column:>14}" for column in columns)]
     for kind in (*KINDS, "all"):
         row = {name: sum(of.values()) if kind == "all" else of[kind] for name, of in seconds.items()}
-        cells = [f"{1e3 * value:.1f}" for value in row.values()]
-        cells += [f"{(row[name] - row[baseline]) / whole:+.0%}" for name in others]
-        lines.append(kind.ljust(width) + "  ".join(cell.rjust(len(column)) for cell, column in zip(cells, columns)))
+        cells = [f"{100 * value / whole:.1f}" for value in row.values()]
+        cells += [f"{100 * (row[name] - row[baseline]) / whole:+.1f}" for name in others]
+        lines.append(f"{kind:{width}}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
