@@ -65,7 +65,8 @@ def test_nothing_of_a_call_is_lost():
             x @ x
 
     kinds = time_by_kind({"products": products}, rounds=2)["products"]
-    assert kinds["matrix products"] > 0.5 * sum(kinds.values())
+    share = kinds["matrix products"] / sum(kinds.values())
+    assert share > 0.75, "nearly all of it; two thirds, if what an operation calls were counted twice"
 
 
 def test_a_call_is_counted_once_a_round():

@@ -38,6 +38,7 @@ _HOME = {
     "routing": ["record_routing", "RoutingTrace"],
     "report": ["save_report"],
     "accounting": ["account", "side_by_side", "flop_counter", "published_claims"],
+    "profiling": ["time_by_kind"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
