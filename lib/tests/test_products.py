@@ -108,22 +108,24 @@ def test_experts_are_those_of_the_loop_values_and_gradients(activation, bias, lo
     assert_close(*results, relative=2e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 32])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_a_few_tokens_without_sorting_are_the_same(tokens, activation, onednn):
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_token_without_sorting_is_the_same(activation, bias, onednn):
     torch.manual_seed(0)
-    layer = small_moe(activation=activation).blocks[0].ffn
-    x_ND = torch.randn(tokens, 256)
-    routing = layer.route(x_ND)
+    layer = small_moe(activation=activation, ffn_bias=bias).blocks[0].ffn
+    x_1D = torch.randn(1, 256)
+    routing = layer.route(x_1D)
     with torch.no_grad():
-        assert_close(
-            [moe.experts_few(layer.experts, x_ND, routing)], [moe.experts_loop(layer.experts, x_ND, routing)], 2e-6
-        )
-        y_BTD, _ = layer(x_ND[None])
-    assert torch.equal(y_BTD[0], moe.experts_few(layer.experts, x_ND, routing))  # the path that the layer takes
+        ours_1D = moe.experts_of_one(layer.experts, x_1D, routing)
+        assert_close([ours_1D], [moe.experts_loop(layer.experts, x_1D, routing)], 2e-6)
+        assert torch.equal(layer(x_1D[None])[0][0], ours_1D)  # the path that the layer takes
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        few_ND = moe.experts_few(layer.experts, x_ND, routing)
-        assert_close([few_ND.float()], [moe.experts_sorted(layer.experts, x_ND, routing).float()], 2e-2)
+        ours_1D = moe.experts_of_one(layer.experts, x_1D, routing)
+        assert_close([ours_1D.float()], [moe.experts_sorted(layer.experts, x_1D, routing).float()], 2e-2)
+    wide = layer.double().experts
+    with torch.no_grad():
+        exact_1D = moe.experts_loop(wide, x_1D.double(), routing)
+        assert_close([moe.experts_of_one(wide, x_1D.double(), routing)], [exact_1D], 1e-12)
 
 
 def test_checkpointed_blocks_have_the_same_gradients(onednn):

@@ -210,7 +210,8 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:
         """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has."""
-        if len(x_RD) and takes_onednn(x_RD, self.w_up_EFD):
+        enough = len(x_RD) >= 4 * len(counts_E) or min(self.w_up_EFD.shape[1:]) >= 512  # for its overhead per expert
+        if len(x_RD) and enough and takes_onednn(x_RD, self.w_up_EFD):
             weights = (self.w_up_EFD, self.w_gate_EFD, self.w_down_EDF, self.b_up_EF, self.b_gate_EF, self.b_down_ED)
             return _ExpertByExpert.apply(self.activation, counts_E.tolist(), x_RD, *weights)
         up_RF = grouped_linear(x_RD, self.w_up_EFD, self.b_up_EF, expert_ids_R, counts_E)
@@ -362,28 +363,10 @@ def experts_sorted(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
     return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=routing.weights_NK.to(y_RD.dtype))
 
 
-FEW_ROWS = 64  # up to here sorting takes longer than what it saves
-
-
-def experts_few(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
-    """y_ND for a handful of tokens on a CPU, as in generation: the chosen experts one by one, nothing sorted.
-
-    Without gradients, and for rules that choose K experts for each token.
-    """
-    ids_NK, weights_NK = routing.expert_ids_NK.tolist(), routing.weights_NK
-    if len(ids_NK) == 1:
-        y_KD = torch.cat([experts.expert(e, x_ND, row_linear) for e in ids_NK[0]])
-        return weights_NK.to(y_KD.dtype) @ y_KD
-    places_of = {}  # expert -> the (token, choice) pairs that it serves
-    for n, ids in enumerate(ids_NK):
-        for k, e in enumerate(ids):
-            places_of.setdefault(e, []).append((n, k))
-    places_R = [place for places in places_of.values() for place in places]
-    row_of_NK = torch.empty(weights_NK.shape, dtype=torch.long)
-    row_of_NK[tuple(zip(*places_R))] = torch.arange(len(places_R))
-    rows = x_ND.index_select(0, torch.tensor([n for n, _ in places_R])).split([len(p) for p in places_of.values()])
-    y_RD = torch.cat([experts.expert(e, x, row_linear) for e, x in zip(places_of, rows, strict=True)])
-    return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=weights_NK.to(y_RD.dtype))
+def experts_of_one(experts: Experts, x_1D: Tensor, routing: Routing) -> Tensor:
+    """y_1D of a single token on a CPU, as in generation, without gradients: its K experts, nothing to sort."""
+    y_KD = torch.cat([experts.expert(e, x_1D, row_linear) for e in routing.expert_ids_NK[0].tolist()])
+    return routing.weights_NK.to(y_KD.dtype) @ y_KD
 
 
 def limit_capacity(routing: Routing, factor: float) -> Routing:
@@ -473,8 +456,8 @@ class MoELayer(nn.Module):
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND, None if tokens_BT is None else tokens_BT.flatten())
-        few = x_ND.device.type == "cpu" and routing.expert_ids_NK.numel() <= FEW_ROWS and routing.kept_NK is None
-        compute = experts_few if few and not torch.is_grad_enabled() else experts_sorted
+        one = len(x_ND) == 1 and x_ND.device.type == "cpu" and routing.kept_NK is None
+        compute = experts_of_one if one and not torch.is_grad_enabled() else experts_sorted
         y_ND = compute(self.experts, x_ND, routing)
         if self.shared is not None:
             y_ND = y_ND + self.shared.expert(0, x_ND, linear)

@@ -143,17 +143,17 @@ def linear_cross_entropy(x_NI: Tensor, weight_VI: Tensor, bias_V: Tensor | None,
     return _LinearCrossEntropy.apply(x_NI, weight_VI, bias_V, targets_N, ignore_index, chunk)
 
 
-def row_linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """y_RO on a CPU without autograd, for a row or two: for more it is `linear`.
+def row_linear(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """y_1O of a single row on a CPU, without autograd.
 
-    So few rows cost what reading the weights costs, and NumPy's dot product of each weight row with one row reads them
-    about twice as fast as the products that torch calls.
+    One row costs what reading the weights costs, and NumPy's dot product of each weight row with it reads them about
+    twice as fast as the products that torch calls.
     """
-    if len(x_RI) > 2 or weight_OI.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-        return linear(x_RI, weight_OI, bias_O)
+    if weight_OI.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return linear(x_1I, weight_OI, bias_O)
     rows_O1I = weight_OI.detach().numpy()[:, None, :]  # so that matmul takes a dot product for each weight row
-    y_RO = torch.from_numpy(np.array([np.matmul(rows_O1I, x_I)[:, 0] for x_I in x_RI.detach().numpy()]))
-    return y_RO if bias_O is None else y_RO + bias_O
+    y_1O = torch.from_numpy(np.matmul(rows_O1I, x_1I.detach().numpy()[0]).T)
+    return y_1O if bias_O is None else y_1O + bias_O
 
 
 class Linear(nn.Linear):
