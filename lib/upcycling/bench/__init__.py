@@ -75,12 +75,13 @@ class Bench:
         return time.perf_counter()
 
     def times(
-        self, functions: dict[str, Callable[[], object]], rounds: int | None = None, warm_up: int = 2
+        self, functions: dict[str, Callable[[], object]], rounds: int | None = None, warm_up: int | None = None
     ) -> dict[str, list[float]]:
         """Seconds of each function in each round, run in turn; each round begins with the next one.
 
-        The first `warm_up` rounds are left out. `rounds` defaults to the bench's.
+        The first `warm_up` rounds are left out (default: two, one if `quick`). `rounds` defaults to the bench's.
         """
+        warm_up = warm_up if warm_up is not None else 1 if self.quick else 2
         names = list(functions)
         seconds = {name: [] for name in names}
         for number in range(warm_up + (rounds or self.rounds)):

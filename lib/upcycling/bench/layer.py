@@ -63,7 +63,7 @@ INDEX_ADD, DEFINITION = "index_add loop over modules", "the definition's loop"
 def compare(bench: Bench) -> list[Comparison]:
     """Training (forward and backward) at the shapes of `TRAINING`, inference at those of `FEW_TOKENS`."""
     results = []
-    for shape in (A, C, D) if bench.quick else TRAINING:
+    for shape in (A, C) if bench.quick else TRAINING:
         results += _training(bench, shape)
     for shape in FEW_TOKENS:
         results += _few_tokens(bench, shape)

@@ -46,7 +46,7 @@ def _seconds(bench: Bench, shapes) -> dict[int, list[float]]:
 
         return forward_and_backward
 
-    rounds = 4 if bench.quick else max(6, bench.rounds // 3)
+    rounds = 3 if bench.quick else max(6, bench.rounds // 3)
     return bench.times({size: step(shape) for size, shape in shapes.items()}, rounds=rounds)
 
 
