@@ -163,6 +163,8 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def _flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in builds for ARM
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+        return 2 * torch.Size(x_shape).numel() * weight_shape[0]
