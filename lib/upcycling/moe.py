@@ -209,7 +209,11 @@ class Experts(nn.Module):
         self.b_down_ED = nn.Parameter(torch.zeros(e, d)) if config.ffn_bias else None
 
     def forward(self, x_RD: Tensor, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:
-        """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has."""
+        """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has.
+
+        For the backward pass it keeps the rows and the hidden units before and after the activation, R (D + 2 F)
+        numbers (3 or 4 F for swiglu); expert by expert it computes those after it again: R (D + F), 2 F for swiglu.
+        """
         enough = len(x_RD) >= 4 * len(counts_E) or min(self.w_up_EFD.shape[1:]) >= 512  # for its overhead per expert
         if len(x_RD) and enough and takes_onednn(x_RD, self.w_up_EFD):
             weights = (self.w_up_EFD, self.w_gate_EFD, self.w_down_EDF, self.b_up_EF, self.b_gate_EF, self.b_down_ED)
