@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """y (..., O): x (..., I) @ weight_OI.T + bias_O, as `F.linear`."""
+    """y (..., O): x (..., I) @ weight_OI.T + bias_O, as `F.linear`; by oneDNN it has first derivatives only."""
     if not takes_onednn(x, weight_OI) or x.numel() == 0:
         return F.linear(x, weight_OI, bias_O)
     x_RI = x.reshape(-1, x.shape[-1])
