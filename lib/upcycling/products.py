@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 NARROWEST = 256  # both sides of a weight: narrower ones gain little, least in their own gradient
@@ -149,7 +150,8 @@ def row_linear(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
     One row costs what reading the weights costs, and NumPy's dot product of each weight row with it reads them about
     twice as fast as the products that torch calls.
     """
-    if weight_OI.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+    watched = _get_current_dispatch_mode() is not None  # by a FLOP counter, say: NumPy's product would escape it
+    if watched or weight_OI.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return linear(x_1I, weight_OI, bias_O)
     rows_O1I = weight_OI.detach().numpy()[:, None, :]  # so that matmul takes a dot product for each weight row
     y_1O = torch.from_numpy(np.matmul(rows_O1I, x_1I.detach().numpy()[0]).T)
