@@ -133,3 +133,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         run_notebooks.write("new", path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_folded_in_a_notebook_is_folded_in_its_page(folder, tmp_path):
+    text = "Predict.\n\n<details><summary>Answer</summary>\n\nIt is *seven*.\n</details>\n\nOn we go."
+    page = run_notebooks.to_html(nbformat.v4.new_notebook(cells=[markdown(text)]), folder / "00_works.ipynb", tmp_path)
+    folded = page.split("<details>")[1].split("</details>")[0]
+    assert "<em>seven</em>" in folded and "On we go" not in folded

@@ -162,6 +162,9 @@ def to_html(notebook, source: Path, out: Path) -> str:
         def block_math(self, body):
             return convert(body, display="block")
 
+        def block_html(self, html):  # to embed images it parses each piece alone, which would close a <details> at once
+            return super().block_html(html) if "<img" in html else html
+
     template = "{% extends 'lab/index.html.j2' %}" + "".join(
         "{% block html_head_js" + name + " %}{% endblock %}" for name in ("", "_mathjax", "_mermaidjs")
     )
