@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes, under three minutes in all")
-    parser.add_argument("--rounds", type=int, help="rounds per comparison (default 15, with --quick 6)")
+    parser.add_argument("--rounds", type=int, help="rounds per comparison (default 15, with --quick 4)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, pinned to as many cores (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", type=Path, help="write the results here, too")
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [case for case in options.cases if case not in CASES]
     if unknown:
         parser.error(f"there is no case {unknown[0]!r}; choose from {', '.join(CASES)}")
-    rounds = options.rounds if options.rounds is not None else 6 if options.quick else 15
+    rounds = options.rounds if options.rounds is not None else 4 if options.quick else 15
     if rounds < 3 or options.threads < 1:
         parser.error(f"--rounds {rounds} --threads {options.threads}: at least 3 rounds and 1 thread are needed")
     if options.device != "cpu" and not torch.accelerator.is_available():
