@@ -22,7 +22,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -169,23 +170,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class _threads:
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     """Torch's threads, pinned to the last cores that this process may use (the first serve the system's interrupts)."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __enter__(self):
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-        self.cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
-        if self.cores is not None:
-            os.sched_setaffinity(0, sorted(self.cores)[-self.count :])
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.before)
-        if self.cores is not None:
-            os.sched_setaffinity(0, self.cores)
+    before, cores = torch.get_num_threads(), None
+    torch.set_num_threads(count)
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(cores)[-count:])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
 
 
 def _record(bench: Bench, results: Sequence[Comparison]) -> dict:
