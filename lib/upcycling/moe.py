@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .config import ModelConfig
-from .products import linear, product, row_linear, takes_onednn
+from .products import few_rows_linear, gradient_like, linear, product, row_linear, takes_onednn
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,13 @@ class Experts(nn.Module):
         """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has.
 
         For the backward pass it keeps the rows and the hidden units before and after the activation, R (D + 2 F)
-        numbers (3 or 4 F for swiglu); expert by expert it computes those after it again: R (D + F), 2 F for swiglu.
+        numbers; for swiglu R (D + 4 F), expert by expert R (D + 2 F), as it computes those after it again.
         """
-        enough = len(x_RD) >= 4 * len(counts_E) or min(self.w_up_EFD.shape[1:]) >= 512  # for its overhead per expert
+        few = len(x_RD) < 4 * len(counts_E)
+        if few and x_RD.device.type == "cpu" and len(x_RD) and not torch.is_grad_enabled():
+            parts = zip(range(len(counts_E)), x_RD.split(counts_E.tolist()))
+            return torch.cat([self.expert(e, x, few_rows_linear) for e, x in parts if len(x)])
+        enough = not few or min(self.w_up_EFD.shape[1:]) >= 512  # for what oneDNN costs per expert
         if len(x_RD) and enough and takes_onednn(x_RD, self.w_up_EFD):
             weights = (self.w_up_EFD, self.w_gate_EFD, self.w_down_EDF, self.b_up_EF, self.b_gate_EF, self.b_down_ED)
             return _ExpertByExpert.apply(self.activation, counts_E.tolist(), x_RD, *weights)
@@ -240,22 +244,21 @@ class Experts(nn.Module):
 class _ExpertByExpert(torch.autograd.Function):
     """`Experts.forward` by oneDNN's products, one expert after the other, so that its rows stay in the cache.
 
-    The backward pass writes each expert's gradients into one tensor for all; it keeps the rows and what comes out of
-    the first matrices, and computes the activations again.
+    oneDNN makes a program for each number of rows that it meets, which costs as much as multiplying some 30 rows, and
+    routers send another number each time. So a few rows of the neighbours are computed, too, and left out (`_blocks`).
+    The backward pass writes each expert's gradients into one tensor for all.
     """
 
     @staticmethod
     def forward(ctx, activation, counts, x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED):
         y_RD, hidden = torch.empty_like(x_RD), []
-        for e, rows in _rows_of(counts):
-            up_RF = product(x_RD[rows], w_up_EFD[e], None if b_up_EF is None else b_up_EF[e])
-            gate_RF = None
+        for e, rows, block, own in _blocks(counts):
+            up_BF, gate_BF = product(x_RD[block], w_up_EFD[e], None if b_up_EF is None else b_up_EF[e]), None
             if w_gate_EFD is not None:
-                gate_RF = product(x_RD[rows], w_gate_EFD[e], None if b_gate_EF is None else b_gate_EF[e])
-            y_RD[rows] = product(
-                activate(activation, up_RF, gate_RF), w_down_EDF[e], None if b_down_ED is None else b_down_ED[e]
-            )
-            hidden += [up_RF] if gate_RF is None else [up_RF, gate_RF]
+                gate_BF = product(x_RD[block], w_gate_EFD[e], None if b_gate_EF is None else b_gate_EF[e])
+            act_BF = activate(activation, up_BF, gate_BF)
+            y_RD[rows] = product(act_BF, w_down_EDF[e], None if b_down_ED is None else b_down_ED[e])[own]
+            hidden += [up_BF, act_BF if gate_BF is None else gate_BF]
         ctx.activation, ctx.counts = activation, counts
         ctx.save_for_backward(x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED, *hidden)
         return y_RD
@@ -263,39 +266,64 @@ class _ExpertByExpert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RD):
-        x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, *rest = ctx.saved_tensors
-        biases, hidden = rest[:3], iter(rest[3:])
+        saved = ctx.saved_tensors
+        x_RD, weights, hidden = saved[0], saved[1:7], iter(saved[7:])
+        w_up_EFD, w_gate_EFD, w_down_EDF = weights[:3]
         dy_RD, dx_RD = dy_RD.contiguous(), torch.empty_like(x_RD)
-        weights = (w_up_EFD, w_gate_EFD, w_down_EDF, *biases)
-        used = [count > 0 for count in ctx.counts]
-        gradients = [None if w is None else torch.empty_like(w) if all(used) else torch.zeros_like(w) for w in weights]
+        gradients = [gradient_like(w) if wanted else None for w, wanted in zip(weights, ctx.needs_input_grad[3:])]
         dw_up_EFD, dw_gate_EFD, dw_down_EDF, db_up_EF, db_gate_EF, db_down_ED = gradients
-        for e, rows in _rows_of(ctx.counts):
-            x, dy = x_RD[rows], dy_RD[rows]
-            inputs = [next(hidden).detach().requires_grad_() for _ in range(1 if w_gate_EFD is None else 2)]
-            with torch.enable_grad():
-                act_RF = activate(ctx.activation, *inputs, *[None] * (2 - len(inputs)))
-            dact_RF = product(dy, w_down_EDF[e].t())
-            dup_RF, *dgate_RF = torch.autograd.grad(act_RF, inputs, dact_RF)
-            dw_down_EDF[e] = product(dy.t(), act_RF.detach().t())
-            dw_up_EFD[e] = product(dup_RF.t(), x.t())
-            dx_RD[rows] = product(dup_RF, w_up_EFD[e].t())
-            if dgate_RF:
-                dw_gate_EFD[e] = product(dgate_RF[0].t(), x.t())
-                dx_RD[rows] += product(dgate_RF[0], w_gate_EFD[e].t())
-            for bias, grad in ((db_up_EF, dup_RF), (db_gate_EF, dgate_RF and dgate_RF[0]), (db_down_ED, dy)):
-                if bias is not None:
-                    bias[e] = grad.sum(0)
+        for e, rows, block, own in _blocks(ctx.counts):
+            x_BD, up_BF, other_BF = x_RD[block], next(hidden), next(hidden)
+            dy_BD = _only(own, dy_RD[block])
+            dact_BF = product(dy_BD, w_down_EDF[e].t())
+            if w_gate_EFD is None:
+                act_BF, dup_BF, dgate_BF = other_BF, activate_backward(ctx.activation, dact_BF, up_BF), None
+            else:
+                silu_BF = F.silu(other_BF)
+                act_BF, dup_BF = silu_BF * up_BF, silu_BF.mul_(dact_BF)
+                dgate_BF = torch.ops.aten.silu_backward(dact_BF.mul_(up_BF), other_BF)
+            for dw, db, dout_BO, in_BI in (
+                (dw_down_EDF, db_down_ED, dy_BD, act_BF),
+                (dw_up_EFD, db_up_EF, dup_BF, x_BD),
+                (dw_gate_EFD, db_gate_EF, dgate_BF, x_BD),
+            ):
+                if dw is not None:
+                    dw[e] = product(dout_BO.t(), in_BI.t())
+                if db is not None:
+                    db[e] = dout_BO.sum(0)
+            dx_BD = product(dup_BF, w_up_EFD[e].t())
+            if dgate_BF is not None:
+                dx_BD += product(dgate_BF, w_gate_EFD[e].t())
+            dx_RD[rows] = dx_BD[own]
+        for e, count in enumerate(ctx.counts):
+            for gradient in gradients:
+                if count == 0 and gradient is not None:
+                    gradient[e] = 0
         return None, None, dx_RD, *gradients
 
 
-def _rows_of(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for each expert that has any; rows are sorted by expert."""
-    end = 0
+def _blocks(counts: list[int]) -> Iterator[tuple[int, slice, slice, slice]]:
+    """(expert, its rows, a block that holds them, where in the block they are) for each expert that has any.
+
+    Rows are sorted by expert. The sizes of blocks have six significant bits: 32 sizes between 512 and 1,024.
+    """
+    end, total = 0, sum(counts)
     for e, count in enumerate(counts):
         start, end = end, end + count
         if count:
-            yield e, slice(start, end)
+            step = max(8, 1 << max(0, count.bit_length() - 6))
+            size = min(-(-count // step) * step, total)
+            first = min(start, total - size)
+            yield e, slice(start, end), slice(first, first + size), slice(start - first, end - first)
+
+
+def _only(own: slice, x_BI: Tensor) -> Tensor:
+    """x_BI with 0 in all rows but its own: then whatever is made of them adds nothing to a gradient."""
+    if own == slice(0, len(x_BI)):
+        return x_BI
+    only_BI = torch.zeros_like(x_BI)
+    only_BI[own] = x_BI[own]
+    return only_BI
 
 
 def activate(name: str, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
@@ -305,6 +333,14 @@ def activate(name: str, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
     if name == "relu":
         return F.relu(up_NF)
     return F.gelu(up_NF, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def activate_backward(name: str, dact_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """dup_NF of gelu, gelu_tanh or relu, in the memory of dact_NF."""
+    if name == "relu":
+        return dact_NF.masked_fill_(up_NF <= 0, 0)
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward.grad_input(dact_NF, up_NF, approximate=approximate, grad_input=dact_NF)
 
 
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:
@@ -354,17 +390,42 @@ def experts_sorted(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
     if routing.kept_NK is not None and not routing.computes_all:
         ids_NK, all_rows = ids_NK.masked_fill(~routing.kept_NK, num_experts), False  # sorted behind all experts
     expert_ids_R, order_R = ids_NK.flatten().sort(stable=True)
-    row_of_NK = order_R.argsort().view(n, k)
+    row_of_NK = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(n * k, device=order_R.device)).view(n, k)
     counts_E = torch.bincount(expert_ids_R, minlength=num_experts)[:num_experts]
     if not all_rows:
         rows = int(counts_E.sum())
         if rows == 0:
             return x_ND * 0
         expert_ids_R, order_R, row_of_NK = expert_ids_R[:rows], order_R[:rows], row_of_NK.clamp(max=rows - 1)
-    x_RD = x_ND.index_select(0, order_R // k)
-    y_RD = experts(x_RD, expert_ids_R, counts_E)
-    # embedding_bag looks up each token's K rows and adds them with their weights in one pass
-    return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=routing.weights_NK.to(y_RD.dtype))
+    y_RD = experts(x_ND.index_select(0, order_R // k), expert_ids_R, counts_E)
+    return _Combine.apply(y_RD, routing.weights_NK.to(y_RD.dtype), row_of_NK, order_R)
+
+
+class _Combine(torch.autograd.Function):
+    """y_ND: each token's K rows of y_RD, looked up and added with their weights in one pass.
+
+    `embedding_bag` with a backward pass of its own: each row is looked up by one choice at most, so its gradient can
+    be gathered, where embedding_bag would add into zeros. order_R: which of the N*K choices a row belongs to.
+    """
+
+    @staticmethod
+    def forward(ctx, y_RD, weights_NK, row_of_NK, order_R):
+        ctx.save_for_backward(y_RD, weights_NK, row_of_NK, order_R)
+        return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=weights_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_ND):
+        y_RD, weights_NK, row_of_NK, order_R = ctx.saved_tensors
+        n, k = weights_NK.shape
+        dy_RD = dy_ND.index_select(0, order_R // k).mul_(weights_NK.flatten()[order_R].unsqueeze(-1))
+        if not ctx.needs_input_grad[1]:
+            return dy_RD, None, None, None
+        choices_R = torch.arange(n * k, device=order_R.device)
+        dweights_R = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            dy_ND, y_RD, row_of_NK.flatten(), choices_R[::k], choices_R // k, 0
+        )
+        return dy_RD, dweights_R.view(n, k), None, None
 
 
 def experts_of_one(experts: Experts, x_1D: Tensor, routing: Routing) -> Tensor:
