@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycling import moe, products
@@ -106,6 +108,170 @@ def test_experts_are_those_of_the_loop_values_and_gradients(activation, bias, lo
         found = torch.autograd.grad((y_ND * dy_ND).sum(), wanted, retain_graph=True, allow_unused=True)
         results.append([y_ND.detach(), *(g if g is not None else torch.zeros(1) for g in found)])
     assert_close(*results, relative=2e-6)
+
+
+def experts_of(activation, count, rows, seed=0):
+    """Experts of width 256 by 320, with rows sorted by expert and how many each has."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=8, d_model=256, n_layers=1, n_heads=1, d_ff=320, seq_len=8, activation=activation)
+    experts = moe.Experts(ModelConfig(**sizes, moe=MoEConfig(num_experts=count, top_k=1)))
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    counts_E = torch.tensor(rows)
+    return experts, torch.randn(sum(rows), 256), torch.arange(count).repeat_interleave(counts_E), counts_E
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=12))
+def test_blocks_hold_each_experts_rows_and_hardly_more(counts):
+    ends = [sum(counts[: e + 1]) for e in range(len(counts))]
+    blocks = list(moe._blocks(counts))
+    assert [e for e, *_ in blocks] == [e for e, count in enumerate(counts) if count]
+    for e, rows, block, own in blocks:
+        assert rows == slice(ends[e] - counts[e], ends[e]), "sorted by expert"
+        size = block.stop - block.start
+        assert block.start >= 0 and block.stop <= sum(counts)
+        assert range(sum(counts))[block][own] == range(sum(counts))[rows]
+        assert counts[e] <= size <= counts[e] + max(3, counts[e] / 32)
+        assert size == sum(counts) or (size % 4 == 0 and size.bit_length() - (size & -size).bit_length() <= 5)
+
+
+def test_few_sizes_of_blocks_serve_all_numbers_of_rows():
+    blocks = [next(moe._blocks([n, 10**6]))[2] for n in range(1, 2049)]
+    assert len({block.stop - block.start for block in blocks}) == 64 + 3 * 32
+    with FlopCounterMode(display=False):  # what is counted are the experts' own rows
+        assert [block for _, _, block, _ in moe._blocks([513, 300])] == [slice(0, 513), slice(513, 813)]
+
+
+@has_onednn
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("rows", [[130, 0, 257, 65, 1], [0, 3, 0, 600, 0], [7, 7, 7, 7, 7], [3, 0, 0, 0, 6]])
+def test_rows_of_neighbours_in_a_block_change_nothing(activation, rows, monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    experts, x_RD, ids_R, counts_E = experts_of(activation, 5, rows)
+    monkeypatch.setattr(moe, "few_rows_linear", None)  # not this path
+    wanted, dy_RD = [x_RD.requires_grad_(), *experts.parameters()], torch.randn_like(x_RD)
+    calls = []
+    apply = moe._ExpertByExpert.apply
+    monkeypatch.setattr(moe._ExpertByExpert, "apply", lambda *a: calls.append(a) or apply(*a))
+    ours_RD = experts(x_RD, ids_R, counts_E) if sum(rows) >= 20 else moe._ExpertByExpert.apply(
+        activation, rows, x_RD, experts.w_up_EFD, experts.w_gate_EFD, experts.w_down_EDF,
+        experts.b_up_EF, experts.b_gate_EF, experts.b_down_ED,
+    )  # fmt: skip
+    theirs_RD = torch.cat([experts.expert(e, x) for e, x in enumerate(x_RD.split(rows))])
+    assert calls and any(b.stop - b.start != rows[e] for e, _, b, _ in moe._blocks(rows)), "some block is larger"
+    found = [[y, *gradients((y * dy_RD).sum(), *wanted)] for y in (ours_RD, theirs_RD)]
+    assert_close(*found, relative=2e-6)
+    for e, count in enumerate(rows):
+        if count == 0:
+            assert all(not gradient[e].any() for gradient in found[0][2:])
+
+
+@has_onednn
+def test_frozen_experts_cost_no_gradients(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    experts, x_RD, ids_R, counts_E = experts_of("gelu", 4, [50, 60, 70, 80])
+
+    def backward_flops():
+        y_RD = experts(x_RD.requires_grad_(), ids_R, counts_E)
+        with FlopCounterMode(display=False) as counter:
+            y_RD.sum().backward()
+        return counter.get_total_flops()
+
+    both = backward_flops()
+    experts.w_up_EFD.requires_grad_(False)
+    experts.w_up_EFD.grad = experts.w_down_EDF.grad = None
+    assert backward_flops() == both * 3 // 4 and experts.w_up_EFD.grad is None
+    assert experts.w_down_EDF.grad.abs().sum() > 0
+
+
+def test_memory_of_a_large_gradient_is_taken_again_when_it_is_out_of_use():
+    weight = torch.nn.Parameter(torch.empty(2**23 + 1))
+    first = products.gradient_like(weight)
+    place = first.data_ptr()
+    assert (first.shape, first.dtype, first.requires_grad) == (weight.shape, weight.dtype, False)
+    second = products.gradient_like(weight)
+    assert second.data_ptr() != place, "the first one is still there"
+    view, place = second[5:6], second.data_ptr()
+    del second
+    assert products.gradient_like(weight).data_ptr() != place, "a part of it is still there"
+    del view
+    third = products.gradient_like(weight)
+    place = third.data_ptr()
+    del third
+    assert products.gradient_like(weight).data_ptr() == place
+    assert weight in products._last_gradient
+    small = torch.nn.Parameter(torch.empty(8, 8).t())
+    assert products.gradient_like(small).stride() == small.stride() and small not in products._last_gradient
+    before = len(products._last_gradient)
+    del weight
+    assert len(products._last_gradient) == before - 1, "it goes with its weight"
+
+
+@has_onednn
+def test_gradients_in_kept_memory_are_those_of_each_update(monkeypatch):
+    """Updates with and without zero_grad, a copy that somebody keeps, experts without rows in between."""
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    experts, *_ = experts_of("gelu", 4, [1, 1, 1, 1])
+    kept, expected, taken = [], [], []
+    for memory in (0, 2**25):  # never, always
+        monkeypatch.setattr(products, "KEPT_BYTES", 2**62 if memory == 0 else 0)
+        for p in experts.parameters():
+            p.grad = None
+        found = []
+        for update, rows in enumerate(
+            [[30, 30, 30, 30], [60, 0, 50, 1], [9, 8, 90, 0], [30, 30, 30, 30], [50, 9, 30, 30]]
+        ):
+            torch.manual_seed(update)
+            x_RD = torch.randn(sum(rows), 256)
+            ids_R = torch.arange(4).repeat_interleave(torch.tensor(rows))
+            experts(x_RD, ids_R, torch.tensor(rows)).square().sum().backward()
+            found.append(experts.w_up_EFD.grad.clone())
+            taken.append(experts.w_up_EFD.grad.data_ptr())
+            if update == 0:
+                kept.append((experts.w_down_EDF.grad, experts.w_down_EDF.grad.clone()))  # held over all updates
+            if update != 1:  # once two updates are added up
+                for p in experts.parameters():
+                    p.grad = None
+        expected.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*expected))
+    assert all(torch.equal(held, copy) for held, copy in kept)
+    assert taken[-1] == taken[-2], "memory was taken again"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(320, 256), (256, 2304), (64, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn):
+    torch.manual_seed(0)
+    weight, bias_O = torch.randn(shape), torch.randn(shape[0]) if bias else None
+    for x in (torch.randn(rows, shape[1]), torch.randn(shape[1], rows).t(), torch.randn(rows, 2 * shape[1])[:, ::2]):
+        exact = F.linear(x.double(), weight.double(), None if bias_O is None else bias_O.double())
+        with torch.no_grad():
+            for compute in (products.few_rows_linear, linear):
+                assert_close([compute(x, weight, bias_O).double()], [exact], 2e-6)
+        assert linear(x, weight, bias_O).requires_grad is False
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close([products.few_rows_linear(x, weight, bias_O).double()], [exact], 2e-2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear(x, weight, bias_O)
+    assert counter.get_total_flops() == 2 * rows * weight.numel()
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("tokens", [2, 5, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_few_tokens_without_gradients(activation, tokens, bias, onednn, monkeypatch):
+    layer = small_moe(activation=activation, ffn_bias=bias).blocks[0].ffn
+    x_ND = torch.randn(tokens, 256)
+    taken, few = [], moe.few_rows_linear
+    monkeypatch.setattr(moe, "few_rows_linear", lambda x, *a: taken.append(len(x)) or few(x, *a))
+    with torch.no_grad():
+        routing = layer.route(x_ND)
+        ours_ND, theirs_ND = (f(layer.experts, x_ND, routing) for f in (moe.experts_sorted, moe.experts_loop))
+    assert_close([ours_ND], [theirs_ND], 2e-6)
+    assert bool(taken) == (tokens < 8) and max(taken) <= tokens
+    taken.clear()
+    assert layer(x_ND[None])[0].requires_grad and not taken
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -91,7 +91,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if not takes_onednn(x, weight_OI) or x.numel() == 0:
         return F.linear(x, weight_OI, bias_O)
     x_RI = x.reshape(-1, x.shape[-1])
-    multiply = _Linear.apply if torch.is_grad_enabled() else product
+    few = len(x_RI) <= 4 and not torch.compiler.is_compiling()
+    multiply = _Linear.apply if torch.is_grad_enabled() else few_rows_linear if few else product
     return multiply(x_RI, weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
 
 
@@ -153,33 +154,34 @@ def row_linear(x_1I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
     """
     watched = _get_current_dispatch_mode() is not None  # by a FLOP counter, say: NumPy's product would escape it
     if watched or weight_OI.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-        return linear(x_1I, weight_OI, bias_O)
+        return F.linear(x_1I, weight_OI, bias_O)
     rows_O1I = weight_OI.detach().numpy()[:, None, :]  # so that matmul takes a dot product for each weight row
     y_1O = torch.from_numpy(np.matmul(rows_O1I, x_1I.detach().numpy()[0]).T)
     return y_1O if bias_O is None else y_1O + bias_O
 
 
 def few_rows_linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """y_RO of a handful of rows on a CPU, without autograd: as `linear`, in the order that reads weights fastest."""
+    """y_RO on a CPU, without autograd, in the order that reads the weights fastest when rows are few."""
     if len(x_RI) == 1:
         return row_linear(x_RI, weight_OI, bias_O)
-    if len(x_RI) > 4 or weight_OI.shape[1] > 2048 or torch.is_autocast_enabled("cpu"):
-        return linear(x_RI, weight_OI, bias_O)
-    y_RO = (weight_OI @ x_RI.t()).t()  # MKL has another kernel for this order: half the time for 2 to 4 rows
-    return y_RO if bias_O is None else y_RO + bias_O
+    if len(x_RI) <= 4 and weight_OI.shape[1] <= 2048 and not torch.is_autocast_enabled("cpu"):
+        y_RO = (weight_OI @ x_RI.contiguous().t()).t()  # for MKL another product: half the time of x @ weight.T
+        return y_RO if bias_O is None else y_RO + bias_O
+    return (product if takes_onednn(x_RI, weight_OI) else F.linear)(x_RI, weight_OI, bias_O)
 
 
-_last_gradient = WeakTensorKeyDictionary()  # weight -> the memory of its last large gradient
+KEPT_BYTES = 2**25
+_last_gradient = WeakTensorKeyDictionary()  # weight -> the memory of its last gradient, if that was a large one
 
 
 def gradient_like(weight: Tensor) -> Tensor:
-    """An uninitialised tensor for the gradient of `weight`: in the memory of the last one, if that is out of use.
+    """An uninitialised tensor for the gradient of `weight`: in the memory of its last one, if nothing uses that.
 
-    glibc gives blocks above 32 MiB back to the system when they are freed, and getting as many fresh pages in each
-    update costs as much as a third of an MoE layer's training step. So the memory of such gradients is kept between updates, as long as the
-    weight exists, like that of optimizers' `zero_grad(set_to_none=False)`.
+    glibc gives blocks of 32 MiB and more back to the system when they are freed, and fresh pages in every update cost
+    up to a third of an MoE layer's forward and backward pass. So such memory stays from one update to the next, for as
+    long as the weight is there, as it does with `zero_grad(set_to_none=False)`.
     """
-    if weight.nbytes < 2**25 or weight.device.type != "cpu":
+    if weight.nbytes < KEPT_BYTES or weight.device.type != "cpu":
         return torch.empty_like(weight)
     memory = _last_gradient.pop(weight, None)  # taken out, so that no other thread takes it, too
     if memory is None or torch._C._storage_Use_Count(memory._cdata) > 1:

@@ -7,8 +7,10 @@ beforehand, forward once and backward twice.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -40,6 +42,11 @@ class Shape:
         return 6e-9 * matrices * self.tokens * self.top_k * self.d * self.f
 
     @property
+    def weight_bytes(self) -> int:
+        """Of all experts, in float32."""
+        return 4 * (3 if self.activation == "swiglu" else 2) * self.experts * self.d * self.f
+
+    @property
     def model(self) -> ModelConfig:
         return ModelConfig(
             vocab_size=8, d_model=self.d, n_layers=1, n_heads=1, d_ff=self.f, seq_len=8, activation=self.activation,
@@ -54,6 +61,7 @@ D = Shape(576, 1536, 8, 2, 2048, "swiglu")
 TRAINING = (A, replace(A, tokens=8192), B, C, D)
 FEW_TOKENS = tuple(replace(shape, tokens=tokens) for shape in (A, B) for tokens in (1, 8))
 
+CACHE = 2**27  # more than a CPU keeps
 OURS, FLOOR = "MoE layer", "its matrix products alone"
 DENSE, PLAIN = "dense FFN, same active FLOPs", "the same of nn.Linear"
 GROUPED, EAGER, BATCHED = ("transformers " + name for name in ("grouped_mm", "eager", "batched_mm"))
@@ -74,11 +82,14 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
     layers = candidates(shape, bench.device)
     layers[DENSE] = FeedForward(replace(shape.model, d_ff=shape.top_k * shape.f, moe=None)).to(bench.device)
     layers[PLAIN] = _PlainFFN(shape.d, shape.top_k * shape.f, shape.activation).to(bench.device)
-    x_ND, gradient_ND = (torch.randn(shape.tokens, shape.d, device=bench.device) for _ in range(2))
-    x_ND.requires_grad_()
+    inputs = batches(shape, bench.device)
+    gradient_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
 
     def step(layer):
+        own = cycle(inputs)
+
         def forward_and_backward():
+            x_ND = next(own)
             layer(x_ND).backward(gradient_ND)
             x_ND.grad = None
             layer.zero_grad()
@@ -102,21 +113,29 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
     return [compared("layer", setting, seconds, OURS, peer, **goal) for peer, goal in goals.items()]
 
 
-def _few_tokens(bench: Bench, shape: Shape) -> list[Comparison]:
-    layers = candidates(shape, bench.device)
-    x_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
-    repeat = 10  # one call takes less than a millisecond
+def batches(shape: Shape, device: str, count: int = 20) -> list[torch.Tensor]:
+    """x_ND of `count` updates: with one batch for all, each expert would always get the same number of rows."""
+    return [torch.randn(shape.tokens, shape.d, device=device, requires_grad=True) for _ in range(count)]
 
-    def forward(layer):
+
+def _few_tokens(bench: Bench, shape: Shape) -> list[Comparison]:
+    """Several layers in turn, as in a model: their weights come from memory, not from the cache."""
+    layers = [candidates(shape, bench.device) for _ in range(max(1, CACHE // shape.weight_bytes))]
+    x_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
+    repeat = math.ceil(8 / len(layers))  # one call takes less than a millisecond
+
+    def forward(name):
         @torch.no_grad()
         def calls():
             for _ in range(repeat):
-                layer(x_ND)
+                for layer in layers:
+                    layer[name](x_ND)
 
         return calls
 
-    seconds = bench.times({name: forward(layer.eval()) for name, layer in layers.items()}, rounds=2 * bench.rounds)
-    fastest = min((GROUPED, EAGER, BATCHED), key=lambda name: statistics.median(seconds[name]))
+    names = [name for name in layers[0] if name != BATCHED or shape.weight_bytes < CACHE // 2]  # copies weights per row
+    seconds = bench.times({name: forward(name) for name in names}, rounds=2 * bench.rounds)
+    fastest = min({GROUPED, EAGER, BATCHED}.intersection(names), key=lambda name: statistics.median(seconds[name]))
     goal = 1.3 if shape.d <= 256 else 1.0
     return [compared("layer", f"forward, {shape}", seconds, OURS, fastest, at_least=goal)]
 

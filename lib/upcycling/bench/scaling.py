@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 
 from ..moe import MoELayer
 from . import Bench, Comparison
-from .layer import A
+from .layer import A, batches
 
 TOKENS = (256, 1024, 4096, 16384)
 EXPERTS = (4, 8, 16, 32, 64)
@@ -33,15 +34,19 @@ def compare(bench: Bench) -> list[Comparison]:
 
 def _seconds(bench: Bench, shapes) -> dict[int, list[float]]:
     """{size: seconds per round} of a layer's forward and backward pass; the sizes run in turn."""
+    inputs = {shape.tokens: batches(shape, bench.device, 8) for shape in shapes.values()}
 
     def step(shape):
         layer = MoELayer(shape.model).to(bench.device)
         for weight in layer.experts.parameters():
             torch.nn.init.normal_(weight, std=0.02)
-        x_ND, gradient_ND = (torch.randn(shape.tokens, shape.d, device=bench.device) for _ in range(2))
+        own = cycle(inputs[shape.tokens])
+        gradient_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
 
         def forward_and_backward():
+            x_ND = next(own)
             layer(x_ND)[0].backward(gradient_ND)
+            x_ND.grad = None
             layer.zero_grad()
 
         return forward_and_backward

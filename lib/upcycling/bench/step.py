@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +85,12 @@ def _lines(config: ModelConfig, seconds, goals: dict[str, dict], goals_compiled:
 
 def _times(bench: Bench, rounds: int, models: dict[str, nn.Module]) -> dict[str, list[float]]:
     config, generator = models["ours"].config, torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(config.vocab_size, (BATCH, config.seq_len + 1), generator=generator).to(bench.device)
-    tokens_BT, targets_BT = ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous()
+    batches = []  # a new one for each update: what the experts get changes, as it does in training
+    for _ in range(20):
+        ids_BT = torch.randint(config.vocab_size, (BATCH, config.seq_len + 1), generator=generator).to(bench.device)
+        batches.append((ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous()))
 
-    def loss(model):
+    def loss(model, tokens_BT, targets_BT):
         if isinstance(model, DecoderLM):
             return model.objective(model(tokens_BT, targets_BT))
         if isinstance(model, NanoGPT):
@@ -95,10 +98,10 @@ def _times(bench: Bench, rounds: int, models: dict[str, nn.Module]) -> dict[str,
         return model(input_ids=tokens_BT, shift_labels=targets_BT, labels=targets_BT, use_cache=False).loss
 
     def step(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer, own = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), cycle(batches)
 
         def update():
-            loss(model).backward()
+            loss(model, *next(own)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -106,10 +109,10 @@ def _times(bench: Bench, rounds: int, models: dict[str, nn.Module]) -> dict[str,
         return update
 
     models = {name: model.to(bench.device).train() for name, model in models.items()}
-    expected = float(models["ours"](tokens_BT, targets_BT).loss.detach())
+    expected = float(models["ours"](*batches[0]).loss.detach())
     for name, model in models.items():
         if name.startswith("transformers"):
-            found = float(loss(model).detach())
+            found = float(loss(model, *batches[0]).detach())
             if not abs(found - expected) < 1e-3:
                 raise RuntimeError(f"{name} does not compute the same loss: {found:.4f}, not {expected:.4f}")
     functions = {name: step(model) for name, model in models.items()}
