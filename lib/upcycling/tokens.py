@@ -144,9 +144,13 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[in
 
     (The tokenizer is switched to `encode_special_tokens`, and truncation and padding are switched off.)
     """
+    encodings = _for_plain_text(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
+    return _framed(tokenizer, encodings)
+
+
+def _framed(tokenizer: Tokenizer, encodings: Iterable) -> list[list[int]]:
     bos_id, eos_id = bos_eos(tokenizer)
     before = [] if bos_id is None else [bos_id]
-    encodings = _for_plain_text(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
     return [before + encoding.ids + [eos_id] for encoding in encodings]
 
 
@@ -423,7 +427,10 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
         )
         with bar:
             batches = _batches(_texts(dataset, column, record["done"]))
-            for documents in _one_ahead(lambda batch: encode_documents(tokenizer, batch), batches):
+            encode = _for_plain_text(tokenizer).encode_batch_fast
+            for encodings in _one_ahead(lambda batch: encode(batch, add_special_tokens=False), batches):
+                documents = _framed(tokenizer, encodings)
+                del encodings  # a hundred bytes a token
                 lengths = np.fromiter(map(len, documents), dtype="<i8", count=len(documents))
                 ids = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum())
                 _check_ids(ids, record["vocab_size"])
