@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from .config import ModelConfig
 from .model import DecoderLM
@@ -16,8 +17,9 @@ def activation_bytes(model: nn.Module, batch_size: int, seq_len: int) -> int:
     """Bytes that a forward pass with loss, in training mode, keeps for the backward pass, weights excepted: measured.
 
     The tensors that autograd saves are caught by its hooks; those that share memory count once. What an operation needs
-    for a moment only, and gradients, come on top. Weights, gradients, mode and torch's random state stay. Raises
-    ValueError with gradient checkpointing, which keeps its tensors elsewhere.
+    for a moment only, and gradients, come on top; so do the rows by which oneDNN rounds up those of an expert, about
+    1 %. Weights, gradients, mode and torch's random state stay. Raises ValueError with gradient checkpointing, which
+    keeps its tensors elsewhere.
     """
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("what gradient checkpointing keeps is not among autograd's saved tensors; turn it off")
@@ -30,7 +32,9 @@ def activation_bytes(model: nn.Module, batch_size: int, seq_len: int) -> int:
         return tensor
 
     vocab = model.config.vocab_size if isinstance(model, DecoderLM) else model.config.get_text_config().vocab_size
-    with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+    # under a FLOP counter experts compute their own rows alone: what is kept does not depend on the router
+    watched = FlopCounterMode(display=False)
+    with torch.random.fork_rng(), torch.enable_grad(), watched, saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens_BT = torch.randint(vocab, (batch_size, seq_len), device=device)
         targets_BT = torch.randint(vocab, (batch_size, seq_len), device=device)
         own |= {_memory(tokens_BT), _memory(targets_BT)}

@@ -254,29 +254,29 @@ class _ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, activation, counts, x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED):
-        y_RD, up_RF = torch.empty_like(x_RD), x_RD.new_empty(len(x_RD), w_up_EFD.shape[1])
-        other_RF = torch.empty_like(up_RF)  # the gate, or without one the activation
-        for e, rows, block, own in _blocks(counts):
+        y_RD, hidden, blocks = torch.empty_like(x_RD), [], [*_blocks(counts)]
+        for e, rows, block, own in blocks:
             up_BF, gate_BF = product(x_RD[block], w_up_EFD[e], None if b_up_EF is None else b_up_EF[e]), None
             if w_gate_EFD is not None:
                 gate_BF = product(x_RD[block], w_gate_EFD[e], None if b_gate_EF is None else b_gate_EF[e])
             act_BF = activate(activation, up_BF, gate_BF)
             y_RD[rows] = product(act_BF, w_down_EDF[e], None if b_down_ED is None else b_down_ED[e])[own]
-            up_RF[rows], other_RF[rows] = up_BF[own], (act_BF if gate_BF is None else gate_BF)[own]
-        ctx.activation, ctx.counts = activation, counts
-        ctx.save_for_backward(x_RD, up_RF, other_RF, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED)
+            hidden += [up_BF, act_BF if gate_BF is None else gate_BF]
+        ctx.activation, ctx.counts, ctx.blocks = activation, counts, blocks
+        ctx.save_for_backward(x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED, *hidden)
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RD):
-        x_RD, up_RF, other_RF, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x_RD, weights, hidden = saved[0], saved[1:7], iter(saved[7:])
         w_up_EFD, w_gate_EFD, w_down_EDF = weights[:3]
         dy_RD, dx_RD = dy_RD.contiguous(), torch.empty_like(x_RD)
         gradients = [gradient_like(w) if wanted else None for w, wanted in zip(weights, ctx.needs_input_grad[3:])]
         dw_up_EFD, dw_gate_EFD, dw_down_EDF, db_up_EF, db_gate_EF, db_down_ED = gradients
-        for e, rows, block, own in _blocks(ctx.counts):
-            x_BD, dy_BD, up_BF, other_BF = x_RD[block], _only(own, dy_RD[block]), up_RF[block], other_RF[block]
+        for e, rows, block, own in ctx.blocks:
+            x_BD, dy_BD, up_BF, other_BF = x_RD[block], _only(own, dy_RD[block]), next(hidden), next(hidden)
             dact_BF = product(dy_BD, w_down_EDF[e].t())
             if w_gate_EFD is None:
                 act_BF, dup_BF, dgate_BF = other_BF, activate_backward(ctx.activation, dact_BF, up_BF), None

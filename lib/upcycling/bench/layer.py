@@ -98,7 +98,8 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
 
     functions = {name: step(layer) for name, layer in layers.items()} | {FLOOR: products(shape, bench.device)}
     functions.pop(BATCHED)  # copies the weights for each row: gigabytes
-    seconds = bench.times(functions, rounds=max(4, bench.rounds // 3) if shape.gigaflops > 40 else None)
+    rounds = max(4, bench.rounds // 3) if shape.gigaflops > 40 else None
+    seconds = bench.times(functions, rounds, warm_up=None if bench.quick else 5)  # each batch is a new one
     many = shape.tokens * shape.top_k / shape.experts >= 500
     goals = {
         DENSE: dict(at_most=1.06 if many else 1.20),
