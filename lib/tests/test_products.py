@@ -241,7 +241,7 @@ def test_gradients_in_kept_memory_are_those_of_each_update(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shape", [(320, 256), (256, 2304), (64, 32)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn):
+def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn, monkeypatch):
     torch.manual_seed(0)
     weight, bias_O = torch.randn(shape), torch.randn(shape[0]) if bias else None
     for x in (torch.randn(rows, shape[1]), torch.randn(shape[1], rows).t(), torch.randn(rows, 2 * shape[1])[:, ::2]):
@@ -255,6 +255,11 @@ def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         linear(x, weight, bias_O)
     assert counter.get_total_flops() == 2 * rows * weight.numel()
+    taken, few = [], products.few_rows_linear
+    monkeypatch.setattr(products, "few_rows_linear", lambda *a: taken.append(a) or few(*a))
+    with torch.no_grad():
+        linear(x, weight, bias_O)
+    assert bool(taken) == (onednn and rows <= 4 and min(shape) >= 256), "linear takes this way where it pays"
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
