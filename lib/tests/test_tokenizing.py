@@ -71,7 +71,7 @@ def test_the_bench_compares_the_same_ids(monkeypatch):
     against_batch, against_floor = tokenizing.compare(Bench(rounds=2))
     assert (against_batch.peer, against_batch.goal, against_batch.measure) == (tokenizing.BATCH, 1.0, "speed")
     assert against_floor.peer == tokenizing.FAST and against_floor.ratio > 0
-    encode = tokens.encode_documents
-    monkeypatch.setattr(tokens, "encode_documents", lambda *arguments: [ids[::-1] for ids in encode(*arguments)])
+    framed = tokens._framed
+    monkeypatch.setattr(tokens, "_framed", lambda *arguments: [ids[::-1] for ids in framed(*arguments)])
     with pytest.raises(RuntimeError, match="not those of encode_batch"):
         tokenizing.compare(Bench(rounds=2))

@@ -219,7 +219,7 @@ def test_stream_is_opened_not_built_when_it_exists_and_keyed_by_content(tokenize
     )
     assert len({first.key, changed.key, retokenized.key, shifted.key}) == 4
 
-    monkeypatch.setattr(tokens, "encode_documents", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokens, "_encode", lambda *_: pytest.fail("tokenized again"))
     renamed = as_dataset(texts).rename_column("text", "story")
     again = TokenStream.build(renamed, tokenizer, tmp_path, column="story", progress=False)
     assert again.key == first.key and np.array_equal(again.tokens, first.tokens)
@@ -300,8 +300,8 @@ def test_build_killed_with_sigkill_goes_on_to_the_same_bytes(tokenizer, tmp_path
     assert record["done"] == 48 and torn > 2 * record["tokens"], "the kill must leave bytes that are not recorded"
 
     encoded = []
-    encode = tokens.encode_documents
-    monkeypatch.setattr(tokens, "encode_documents", lambda t, batch: encoded.extend(batch) or encode(t, batch))
+    encode = tokens._encode
+    monkeypatch.setattr(tokens, "_encode", lambda t, batch: encoded.extend(batch) or encode(t, batch))
     resumed = TokenStream.build(as_dataset(texts), tokenizer, tmp_path, progress=False)
     assert encoded == texts[48:], "a resumed build must tokenize what is missing, no more and no less"
     for name in (f"tokens-{whole.key}.bin", f"tokens-{whole.key}.lengths.npy", f"tokens-{whole.key}.json"):
@@ -367,7 +367,7 @@ def test_full_disk_keeps_what_is_done(tokenizer, tmp_path, small_batches):
 
 
 def test_two_builders_of_one_stream_wait_for_each_other(tokenizer, tmp_path, small_batches, monkeypatch):
-    dataset, encode, encoded, streams = as_dataset(make_texts(200)), tokens.encode_documents, [], []
+    dataset, encode, encoded, streams = as_dataset(make_texts(200)), tokens._encode, [], []
     both_in = threading.Barrier(2)
     content_key = tokens._content_key
 
@@ -377,7 +377,7 @@ def test_two_builders_of_one_stream_wait_for_each_other(tokenizer, tmp_path, sma
         return key
 
     monkeypatch.setattr(tokens, "_content_key", key_then_meet)
-    monkeypatch.setattr(tokens, "encode_documents", lambda t, batch: encoded.extend(batch) or encode(t, batch))
+    monkeypatch.setattr(tokens, "_encode", lambda t, batch: encoded.extend(batch) or encode(t, batch))
 
     def build():
         streams.append(TokenStream.build(dataset, tokenizer, tmp_path, progress=False))
@@ -512,7 +512,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer, tmp_path, monkeypatch
     for bad in ([], [[1]], [0.5]):
         with pytest.raises(ValueError, match="non-empty list of integers"):
             TokenStream.from_ids(bad, vocab_size=10)
-    monkeypatch.setattr(tokens, "encode_documents", lambda *_: [[1, 400, 2]])
+    monkeypatch.setattr(tokens, "_framed", lambda *_: [[1, 400, 2]])
     with pytest.raises(ValueError, match=r"token id 400 is outside the vocabulary 0\.\.399"):
         TokenStream.build(as_dataset(["a"]), tokenizer, tmp_path, progress=False)
 

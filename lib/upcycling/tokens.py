@@ -144,8 +144,11 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[in
 
     (The tokenizer is switched to `encode_special_tokens`, and truncation and padding are switched off.)
     """
-    encodings = _for_plain_text(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
-    return _framed(tokenizer, encodings)
+    return _framed(tokenizer, _encode(tokenizer, list(texts)))
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list:
+    return _for_plain_text(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
 
 
 def _framed(tokenizer: Tokenizer, encodings: Iterable) -> list[list[int]]:
@@ -427,8 +430,7 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
         )
         with bar:
             batches = _batches(_texts(dataset, column, record["done"]))
-            encode = _for_plain_text(tokenizer).encode_batch_fast
-            for encodings in _one_ahead(lambda batch: encode(batch, add_special_tokens=False), batches):
+            for encodings in _one_ahead(lambda batch: _encode(tokenizer, batch), batches):
                 documents = _framed(tokenizer, encodings)
                 del encodings  # a hundred bytes a token
                 lengths = np.fromiter(map(len, documents), dtype="<i8", count=len(documents))
