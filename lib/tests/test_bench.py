@@ -94,3 +94,18 @@ def test_bad_arguments_are_explained(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_layer_gets_a_new_batch_in_each_update(monkeypatch):
+    """With the same batch each time every expert would get as many rows as before, which training never does."""
+    seen, forward = [], layer_case.MoELayer.forward
+
+    def watched(self, x_ND):
+        if x_ND.requires_grad:
+            seen.append(x_ND.data_ptr())
+        return forward(self, x_ND)
+
+    monkeypatch.setattr(layer_case.MoELayer, "forward", watched)
+    lines = layer_case._training(Bench(rounds=4), layer_case.Shape(16, 32, 4, 2, 12))
+    assert {line.rounds for line in lines} == {4}
+    assert len(seen) == len(set(seen)) == 5 + 4, "warm-up and rounds"
