@@ -33,10 +33,15 @@ def compare(bench: Bench) -> list[Comparison]:
 
 
 def _seconds(bench: Bench, shapes) -> dict[int, list[float]]:
-    """{size: seconds per round} of a layer's forward and backward pass; the sizes run in turn."""
-    inputs = {shape.tokens: batches(shape, bench.device, 8) for shape in shapes.values()}
+    """{size: seconds per round} of a layer's forward and backward pass; the sizes run in turn.
 
-    def step(shape):
+    Few tokens run up to sixteen times in a row: a single short run would be one that finds nothing in the cache.
+    """
+    most = max(shape.tokens for shape in shapes.values())
+    repeats = {size: min(16, most // shape.tokens) for size, shape in shapes.items()}
+    inputs = {shape.tokens: batches(shape, bench.device, max(8, repeats[size])) for size, shape in shapes.items()}
+
+    def step(shape, repeat):
         layer = MoELayer(shape.model).to(bench.device)
         for weight in layer.experts.parameters():
             torch.nn.init.normal_(weight, std=0.02)
@@ -44,15 +49,17 @@ def _seconds(bench: Bench, shapes) -> dict[int, list[float]]:
         gradient_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
 
         def forward_and_backward():
-            x_ND = next(own)
-            layer(x_ND)[0].backward(gradient_ND)
-            x_ND.grad = None
-            layer.zero_grad()
+            for _ in range(repeat):
+                x_ND = next(own)
+                layer(x_ND)[0].backward(gradient_ND)
+                x_ND.grad = None
+                layer.zero_grad()
 
         return forward_and_backward
 
     rounds = 3 if bench.quick else max(6, bench.rounds // 3)
-    return bench.times({size: step(shape) for size, shape in shapes.items()}, rounds=rounds)
+    seconds = bench.times({size: step(shape, repeats[size]) for size, shape in shapes.items()}, rounds=rounds)
+    return {size: [value / repeats[size] for value in values] for size, values in seconds.items()}
 
 
 def exponent(seconds: dict[int, float]) -> float:
