@@ -166,7 +166,7 @@ def allocated(run) -> int:
 @pytest.mark.parametrize("name", ["gelu tied", "swiglu grouped queries untied", "moe gelu", "moe wide"])
 def test_activations_are_what_stays_allocated_until_the_backward_pass(name):
     model, tokens_BT = DecoderLM(CONFIGS[name]), torch.randint(60, (B, T))
-    with flop_counter():  # without it experts of this width keep a few rows more, see upcycling.moe._blocks
+    with flop_counter():  # without it experts of this width keep a few rows more, see upcycling.experts._blocks
         held = allocated(lambda: model.objective(model(tokens_BT, tokens_BT)))
     assert activation_bytes(model, B, T) == pytest.approx(held, abs=100), "the loss itself is a few bytes"
     assert held <= allocated(lambda: model.objective(model(tokens_BT, tokens_BT))) <= 1.1 * held

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upcycling import moe as moe_module
+from upcycling import experts as experts_module
 from upcycling.config import ACTIVATIONS, ModelConfig, MoEConfig
 from upcycling.model import DecoderLM, FeedForward
 from upcycling.moe import (
@@ -208,7 +208,7 @@ def test_which_widths_take_the_grouped_product(monkeypatch):
 def test_without_a_grouped_product_the_result_is_the_same(monkeypatch):
     layer, x_ND = make_layer(num_experts=8), torch.randn(30, 8)
     _, expected = compute(experts_sorted, layer, x_ND)
-    monkeypatch.setattr(moe_module, "_has_grouped_mm", lambda *_: False)
+    monkeypatch.setattr(experts_module, "_has_grouped_mm", lambda *_: False)
     _, actual = compute(experts_sorted, layer, x_ND)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from upcycling import (
     train,
     upcycle,
 )
-from upcycling import moe as moe_module
+from upcycling import experts as experts_module
 from upcycling.config import BALANCES, ModelConfig, count_parameters, forward_flops
 from upcycling.metrics import max_over_mean
 from upcycling.model import DecoderLM
@@ -762,7 +762,7 @@ def test_export_of_what_a_class_has(settings):
 
 @pytest.mark.parametrize("settings", [dict(shared_experts=2), dict(expert_d_ff=5), dict(shared_experts=1, noisy=True)])
 def test_parameters_and_flops_with_shared_and_narrow_experts(settings, monkeypatch):
-    monkeypatch.setattr(moe_module, "_has_grouped_mm", lambda *_: False)  # which the counter does not know
+    monkeypatch.setattr(experts_module, "_has_grouped_mm", lambda *_: False)  # which the counter does not know
     model = DecoderLM(make_config(**settings)).train()  # noise is computed in training only
     assert model.num_parameters() == count_parameters(model.config).total
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

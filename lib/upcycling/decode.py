@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .experts import Experts, activate
 from .model import Attention, Block, DecoderLM, FeedForward, KVCache, rotary_tables
-from .moe import Experts, MoELayer, activate
+from .moe import MoELayer
 from .products import Linear
 
 Function = Callable[[np.ndarray], np.ndarray]

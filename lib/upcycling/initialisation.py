@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig, MoEConfig
+from .experts import Experts
 from .model import FeedForward
-from .moe import Experts, MoELayer
+from .moe import MoELayer
 
 
 @torch.no_grad()

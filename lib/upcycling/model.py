@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import IGNORE, ModelConfig, count_parameters
+from .experts import Experts, activate
 from .moe import (
-    Experts,
     MoELayer,
     Routing,
-    activate,
     aux_loss,
     expert_counts,
     importance_loss,

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_tensors
+from .experts import Experts
 from .initialisation import weights_sum_to_1
 from .model import DecoderLM, FeedForward
-from .moe import Experts, MoELayer
+from .moe import MoELayer
 
 
 def carry_moments(source, dense: DecoderLM, moe: DecoderLM) -> dict[str, dict[str, Tensor]]:

@@ -4,7 +4,7 @@ Torch multiplies float32 matrices on x86 through MKL, which on AMD processors do
 and later have. oneDNN, which every x86 build of torch contains, does: about twice the speed on those machines, equal
 elsewhere. So `linear` takes oneDNN's products, forward and backward, where that is so and the matrix is large enough
 to gain; on any other device, dtype and size, and under autocast, it is `F.linear`. The experts of an MoE do the same
-(`upcycling.moe.Experts`).
+(`upcycling.experts.Experts`).
 
 Shapes: R rows, I inputs, O outputs of a matrix.
 """

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig, MoEConfig
+from ..experts import activate
 from ..model import FeedForward
-from ..moe import MoELayer, activate, experts_loop
+from ..moe import MoELayer, experts_loop
 from ..products import product, takes_onednn
 from . import Bench, Comparison, compared
 
