@@ -13,7 +13,7 @@ from upcycling import experts as experts_module
 from upcycling import moe, products
 from upcycling.config import IGNORE, ModelConfig, MoEConfig
 from upcycling.model import DecoderLM
-from upcycling.products import Linear, linear, linear_cross_entropy, takes_onednn
+from upcycling.products import Linear, linear, linear_cross_entropy, takes_onednn, weight_gradient
 
 has_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -55,6 +55,18 @@ def test_linear_is_that_of_torch(shape, bias, onednn):
         assert_close(expanded, gradients(F.linear(x, weight, bias_O).sum(), *wanted))
 
 
+@has_onednn
+@pytest.mark.parametrize("rows, narrow, wide", [(256, 256, 1024), (255, 256, 1024), (256, 256, 1023), (300, 513, 2100)])
+def test_a_wide_weights_gradient(rows, narrow, wide, monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    x, weight, dy = torch.randn(rows, narrow), torch.randn(wide, narrow, requires_grad=True), torch.randn(rows, wide)
+    found = weight_gradient(dy, x)
+    assert found.is_contiguous() == ((rows, narrow, wide) != (256, 256, 1024)), "the transpose of x.T @ dy"
+    assert_close([found], [dy.t() @ x])
+    linear(x, weight).backward(dy)
+    assert weight.grad.is_contiguous() and torch.equal(weight.grad, found)
+
+
 def test_only_the_gradients_that_are_wanted_are_computed(onednn):
     x, weight = torch.randn(8, 256), torch.randn(256, 256, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -88,7 +100,7 @@ def small_moe(**fields):
 def test_experts_are_those_of_the_loop_values_and_gradients(activation, bias, load, onednn):
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=8, d_model=256, n_layers=1, n_heads=1, d_ff=320, seq_len=8, activation=activation, ffn_bias=bias,
+        vocab_size=8, d_model=256, n_layers=1, n_heads=1, d_ff=1024, seq_len=8, activation=activation, ffn_bias=bias,
         moe=MoEConfig(num_experts=4, top_k=1 if load == "one expert" else 2),
     )  # fmt: skip
     layer = moe.MoELayer(config)
@@ -112,9 +124,9 @@ def test_experts_are_those_of_the_loop_values_and_gradients(activation, bias, lo
 
 
 def experts_of(activation, count, rows, seed=0):
-    """Experts of width 256 by 320, with rows sorted by expert and how many each has."""
+    """Experts of width 256 by 1,024, with rows sorted by expert and how many each has."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=8, d_model=256, n_layers=1, n_heads=1, d_ff=320, seq_len=8, activation=activation)
+    sizes = dict(vocab_size=8, d_model=256, n_layers=1, n_heads=1, d_ff=1024, seq_len=8, activation=activation)
     experts = experts_module.Experts(ModelConfig(**sizes, moe=MoEConfig(num_experts=count, top_k=1)))
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.05)
@@ -159,9 +171,8 @@ def test_rows_of_neighbours_in_a_block_change_nothing(activation, rows, monkeypa
         experts.b_up_EF, experts.b_gate_EF, experts.b_down_ED,
     )  # fmt: skip
     theirs_RD = torch.cat([experts.expert(e, x) for e, x in enumerate(x_RD.split(rows))])
-    assert calls and any(b.stop - b.start != rows[e] for e, _, b, _ in experts_module._blocks(rows)), (
-        "some block is larger"
-    )
+    larger = any(b.stop - b.start != rows[e] for e, _, b, _ in experts_module._blocks(rows))
+    assert calls and larger, "some block has rows of a neighbour"
     found = [[y, *gradients((y * dy_RD).sum(), *wanted)] for y in (ours_RD, theirs_RD)]
     assert_close(*found, relative=2e-6)
     for e, count in enumerate(rows):

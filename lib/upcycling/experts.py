@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import ModelConfig
-from .products import NARROWEST, few_rows_linear, gradient_like, product, takes_onednn
+from .products import NARROWEST, few_rows_linear, gradient_like, product, takes_onednn, weight_gradient
 
 
 class Experts(nn.Module):
@@ -116,7 +116,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 (dw_gate_EFD, db_gate_EF, dgate_BF, x_BD),
             ):
                 if dw is not None:
-                    dw[e] = product(dout_BO.t(), in_BI.t())
+                    dw[e] = weight_gradient(dout_BO, in_BI)
                 if db is not None:
                     db[e] = dout_BO.sum(0)
             dx_BD = product(dup_BF, w_up_EFD[e].t())

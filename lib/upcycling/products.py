@@ -69,6 +69,14 @@ def _(x_RI, weight_OI, bias_O):
     return x_RI.new_empty(len(x_RI), len(weight_OI))
 
 
+def weight_gradient(dy_RO: Tensor, x_RI: Tensor) -> Tensor:
+    """dweight_OI = dy_RO.T @ x_RI by `product`, both contiguous; it may be the transpose of a contiguous matrix."""
+    rows, narrow = x_RI.shape
+    if rows >= 256 and narrow <= 512 and dy_RO.shape[1] >= 4 * narrow:
+        return product(x_RI.t(), dy_RO.t()).t()  # up to twice the speed, where oneDNN finds such a shape hard
+    return product(dy_RO.t(), x_RI.t())
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_OI, bias_O):
@@ -82,7 +90,7 @@ class _Linear(torch.autograd.Function):
         x_RI, weight_OI = ctx.saved_tensors
         dy_RO = dy_RO.contiguous()
         dx_RI = product(dy_RO, weight_OI.t()) if ctx.needs_input_grad[0] else None
-        dweight_OI = product(dy_RO.t(), x_RI.t()) if ctx.needs_input_grad[1] else None
+        dweight_OI = weight_gradient(dy_RO, x_RI).contiguous() if ctx.needs_input_grad[1] else None
         return dx_RI, dweight_OI, dy_RO.sum(0) if ctx.has_bias else None
 
 
