@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from upcycling import bench
-from upcycling.bench import Bench, compared
+from upcycling.bench import Bench, compared, scaling
 from upcycling.bench import layer as layer_case
+from upcycling.moe import MoELayer
 
 
 def test_ratios_are_paired_and_the_middle_one_is_reported():
@@ -109,3 +110,23 @@ def test_the_layer_gets_a_new_batch_in_each_update(monkeypatch):
     lines = layer_case._training(Bench(rounds=4), layer_case.Shape(16, 32, 4, 2, 12))
     assert {line.rounds for line in lines} == {4}
     assert len(seen) == len(set(seen)) == 5 + 4, "warm-up and rounds"
+
+
+def test_seconds_of_a_size_are_those_of_one_pass(monkeypatch):
+    passes, forward = [], MoELayer.forward
+    monkeypatch.setattr(MoELayer, "forward", lambda self, x: passes.append(x) or forward(self, x))
+
+    class Counting(Bench):
+        def times(self, functions, rounds):
+            return {size: [self.count(run)] for size, run in functions.items()}
+
+        def count(self, run):
+            passes.clear()
+            run()
+            return float(len({id(x_ND) for x_ND in passes}))  # new tokens in each pass
+
+    shape = layer_case.Shape(8, 16, experts=4, top_k=2, tokens=64)
+    shapes = {tokens: replace(shape, tokens=tokens) for tokens in (2, 16, 64)}
+    assert scaling._seconds(Counting(), shapes) == {2: [1.0], 16: [1.0], 64: [1.0]}
+    assert len(passes) == 1
+    assert scaling.exponent({2: 3.0, 16: 24.0, 64: 96.0}) == pytest.approx(1)
