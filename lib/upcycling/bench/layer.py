@@ -84,20 +84,8 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
     layers[DENSE] = FeedForward(replace(shape.model, d_ff=shape.top_k * shape.f, moe=None)).to(bench.device)
     layers[PLAIN] = _PlainFFN(shape.d, shape.top_k * shape.f, shape.activation).to(bench.device)
     inputs = batches(shape, bench.device)
-    gradient_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
-
-    def step(layer):
-        own = cycle(inputs)
-
-        def forward_and_backward():
-            x_ND = next(own)
-            layer(x_ND).backward(gradient_ND)
-            x_ND.grad = None
-            layer.zero_grad()
-
-        return forward_and_backward
-
-    functions = {name: step(layer) for name, layer in layers.items()} | {FLOOR: products(shape, bench.device)}
+    functions = {name: forward_and_backward(layer, inputs) for name, layer in layers.items()}
+    functions[FLOOR] = products(shape, bench.device)
     functions.pop(BATCHED)  # copies the weights for each row: gigabytes
     rounds = max(4, bench.rounds // 3) if shape.gigaflops > 40 else None
     seconds = bench.times(functions, rounds, warm_up=None if bench.quick else 5)  # each batch is a new one
@@ -114,6 +102,20 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
     }
     setting = f"forward and backward, {shape}"
     return [compared("layer", setting, seconds, OURS, peer, **goal) for peer, goal in goals.items()]
+
+
+def forward_and_backward(layer: nn.Module, inputs: list[torch.Tensor], repeat: int = 1):
+    """A function that takes the next `repeat` of the inputs through `layer`, and a gradient back."""
+    own, gradient_ND = cycle(inputs), torch.randn_like(inputs[0])
+
+    def run():
+        for _ in range(repeat):
+            x_ND = next(own)
+            layer(x_ND).backward(gradient_ND)
+            x_ND.grad = None
+            layer.zero_grad()
+
+    return run
 
 
 def batches(shape: Shape, device: str, count: int = 20) -> list[torch.Tensor]:
@@ -143,7 +145,7 @@ def _few_tokens(bench: Bench, shape: Shape) -> list[Comparison]:
     return [compared("layer", f"forward, {shape}", seconds, OURS, fastest, at_least=goal)]
 
 
-class _Output(nn.Module):
+class Output(nn.Module):
     """Our layer, its output alone."""
 
     def __init__(self, layer: MoELayer):
@@ -154,7 +156,7 @@ class _Output(nn.Module):
         return self.layer(x_ND)[0]
 
 
-class _Definition(_Output):
+class _Definition(Output):
     """Our layer, computed by the loop that defines it."""
 
     def forward(self, x_ND):
@@ -240,7 +242,7 @@ def candidates(shape: Shape, device: str) -> dict[str, nn.Module]:
     for weight in (layer.experts.w_up_EFD, layer.experts.w_down_EDF, layer.experts.w_gate_EFD):
         if weight is not None:
             nn.init.normal_(weight, std=0.02)
-    layers = {OURS: _Output(layer), DEFINITION: _Definition(layer), INDEX_ADD: _Tutorial(layer, shape)}
+    layers = {OURS: Output(layer), DEFINITION: _Definition(layer), INDEX_ADD: _Tutorial(layer, shape)}
     for name in (GROUPED, EAGER, BATCHED):
         layers[name] = _Transformers(layer, shape, name.split()[1])
     layers = {name: module.to(device) for name, module in layers.items()}

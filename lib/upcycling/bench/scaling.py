@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
-from itertools import cycle
 
 import torch
 
 from ..moe import MoELayer
 from . import Bench, Comparison
-from .layer import A, batches
+from .layer import A, Output, batches, forward_and_backward
 
 TOKENS = (256, 1024, 4096, 16384)
 EXPERTS = (4, 8, 16, 32, 64)
@@ -41,24 +40,14 @@ def _seconds(bench: Bench, shapes) -> dict[int, list[float]]:
     repeats = {size: min(16, most // shape.tokens) for size, shape in shapes.items()}
     inputs = {shape.tokens: batches(shape, bench.device, max(8, repeats[size])) for size, shape in shapes.items()}
 
-    def step(shape, repeat):
+    functions = {}
+    for size, shape in shapes.items():
         layer = MoELayer(shape.model).to(bench.device)
         for weight in layer.experts.parameters():
             torch.nn.init.normal_(weight, std=0.02)
-        own = cycle(inputs[shape.tokens])
-        gradient_ND = torch.randn(shape.tokens, shape.d, device=bench.device)
-
-        def forward_and_backward():
-            for _ in range(repeat):
-                x_ND = next(own)
-                layer(x_ND)[0].backward(gradient_ND)
-                x_ND.grad = None
-                layer.zero_grad()
-
-        return forward_and_backward
-
+        functions[size] = forward_and_backward(Output(layer), inputs[shape.tokens], repeats[size])
     rounds = 3 if bench.quick else max(6, bench.rounds // 3)
-    seconds = bench.times({size: step(shape, repeats[size]) for size, shape in shapes.items()}, rounds=rounds)
+    seconds = bench.times(functions, rounds=rounds)
     return {size: [value / repeats[size] for value in values] for size, values in seconds.items()}
 
 
