@@ -50,10 +50,10 @@ BROWSER_FILES = (  # where they lie without being on the PATH
 COMMANDS = {  # name -> arguments of the environment's Python
     "setup": None,
     "lab": ["-m", "jupyterlab", str(ROOT / "notebooks" / "00_start_here.ipynb")],
-    "run": ["-m", "upcycling.run_notebooks"],
-    "test": [str(ROOT / "lib" / "tests" / "run_all.py")],
+    "run": [str(ROOT / "tools" / "run_notebooks.py")],
+    "test": [str(ROOT / "tools" / "run_tests.py")],
     "bench": ["-m", "upcycling.bench"],
-    "notebooks": ["-m", "upcycling.run_notebooks", "--save"],
+    "notebooks": [str(ROOT / "tools" / "run_notebooks.py"), "--save"],
 }
 
 

@@ -25,7 +25,7 @@ def has_text(output, skipped):
 
 
 def pytest_collection_modifyitems(items):
-    from upcycling.run_notebooks import is_progress_bar
+    from run_notebooks import is_progress_bar
 
     items.sort(key=lambda item: str(item.path) if item.path.suffix == ".ipynb" else "")
     for item in items:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
-from upcycling import __main__ as cli  # noqa: E402
-from upcycling import inspection  # noqa: E402
-from upcycling.weight_files import WeightFiles  # noqa: E402
+from upcycling import cli  # noqa: E402
+from upcycling.hf import inspection  # noqa: E402
+from upcycling.hf.weight_files import WeightFiles  # noqa: E402
 
 STORIES = Path(__file__).resolve().parents[2].parent / "shared/data/stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real tiny model is not here")

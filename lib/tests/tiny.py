@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from upcycling.config import ModelConfig, MoEConfig, Preset, TrainConfig
-from upcycling.series import Series
+from upcycling.core.config import ModelConfig, MoEConfig
+from upcycling.experiments.presets import Preset
+from upcycling.experiments.series import Series
+from upcycling.training.config import TrainConfig
 
 SHORT = TrainConfig(steps=3, batch_size=4, learning_rate=1e-2, eval_every=2, log_every=1)
 TINY = Preset(

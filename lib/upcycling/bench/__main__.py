@@ -1,5 +1,5 @@
 import sys
 
-from . import main
+from .measure import main
 
 sys.exit(main())

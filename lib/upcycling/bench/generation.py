@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from ..config import ModelConfig, MoEConfig
-from ..generation import generate
-from ..huggingface import to_hf
-from ..model import DecoderLM
-from . import Bench, Comparison, compared
+from ..core.config import ModelConfig, MoEConfig
+from ..core.model import DecoderLM
+from ..decoding.generation import generate
+from ..hf.decoder_lm import to_hf
+from .measure import Bench, Comparison, compared
 
 PROMPT, NEW = 8, 100
 SHAPES = {  # name -> configuration, least speed against generate()

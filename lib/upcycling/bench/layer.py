@@ -15,12 +15,12 @@ from itertools import cycle
 import torch
 from torch import nn
 
-from ..config import ModelConfig, MoEConfig
-from ..experts import activate
-from ..model import FeedForward
-from ..moe import MoELayer, experts_loop
-from ..products import product, takes_onednn
-from . import Bench, Comparison, compared
+from ..core.config import ModelConfig, MoEConfig
+from ..core.model import FeedForward
+from ..core.moe import MoELayer, experts_loop
+from ..kernels.activation import activate
+from ..kernels.products import product, takes_onednn
+from .measure import Bench, Comparison, compared
 
 
 @dataclass(frozen=True)

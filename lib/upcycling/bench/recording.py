@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from ..config import PRESETS
-from ..routing import record_routing
-from ..series import new_model
-from . import Bench, Comparison, compared
+from ..experiments.presets import PRESETS
+from ..experiments.series import new_model
+from ..routing.record import record_routing
+from .measure import Bench, Comparison, compared
 
 
 def compare(bench: Bench) -> list[Comparison]:

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from ..moe import MoELayer
-from . import Bench, Comparison
+from ..core.moe import MoELayer
 from .layer import A, Output, batches, forward_and_backward
+from .measure import Bench, Comparison
 
 TOKENS = (256, 1024, 4096, 16384)
 EXPERTS = (4, 8, 16, 32, 64)

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import ModelConfig, MoEConfig, forward_flops
-from ..huggingface import to_hf
-from ..model import DecoderLM
-from ..products import linear
-from . import Bench, Comparison, compared
+from ..core.config import ModelConfig, MoEConfig
+from ..core.model import DecoderLM
+from ..cost.parameters import forward_flops
+from ..hf.decoder_lm import to_hf
+from ..kernels.products import linear
+from .measure import Bench, Comparison, compared
 
 SHAPE = ModelConfig.smol(vocab_size=2048, d_model=384, n_layers=6, n_heads=6, d_ff=1024, seq_len=256)
 MOE = replace(SHAPE, moe=MoEConfig(num_experts=8, top_k=2))

@@ -7,9 +7,10 @@ from itertools import chain
 
 import numpy as np
 
-from ..corpus import load_corpus
-from ..tokens import TokenStream, bos_eos, train_tokenizer
-from . import Bench, Comparison, compared
+from ..text.corpus import load_corpus
+from ..text.stream import TokenStream
+from ..text.tokenizer import bos_eos, train_tokenizer
+from .measure import Bench, Comparison, compared
 
 OURS, BATCH, FAST = "TokenStream.build, to disk", "tokenizers encode_batch", "encode_batch_fast, its floor"
 

@@ -1,0 +1,195 @@
+"""What does it cost on this machine? Things that do the same work run in turn, and the ratios of their times.
+
+    python -m upcycling.bench --quick --json bench.json
+    python -m upcycling.bench layer step --threads 2
+
+A time on its own says little: clocks change, other work disturbs. So the candidates of a line run A B C A B C in one
+process, and what is reported is the median of the ratios within the rounds, with the range that holds the middle half
+of them. With one thread on a CPU the clock counts this process's CPU seconds, which other work disturbs least; with
+more threads, or on a GPU (where it stops when the work is done, not when it was handed over), the wall's.
+
+Each case is a module of this package with a function `compare(bench)` that returns its `Comparison`s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..files import write_text
+
+CASES = ("layer", "scaling", "step", "generation", "tokenizing", "recording")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`name` beside `peer`: the median of paired ratios of their times, and its quartiles.
+
+    measure "time": ours / peer, a goal is not to be exceeded. "speed": peer / ours, a goal is to be reached.
+    """
+
+    case: str
+    name: str
+    peer: str
+    setting: str
+    measure: str
+    ratio: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+    goal: float | None = None
+
+    @property
+    def reached(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.ratio <= self.goal if self.measure == "time" else self.ratio >= self.goal
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How to measure: rounds per comparison (`quick`: also fewer shapes), device, threads."""
+
+    rounds: int = 15
+    quick: bool = False
+    device: str = "cpu"
+    threads: int = 1
+
+    def clock(self) -> float:
+        """Seconds: of this process's CPU with one thread on a CPU, else of the wall when the device has finished."""
+        if self.device == "cpu":
+            return time.process_time() if self.threads == 1 else time.perf_counter()
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def times(
+        self, functions: dict[str, Callable[[], object]], rounds: int | None = None, warm_up: int | None = None
+    ) -> dict[str, list[float]]:
+        """Seconds of each function in each round, run in turn; each round begins with the next one.
+
+        The first `warm_up` rounds are left out (default: two, one if `quick`). `rounds` defaults to the bench's.
+        """
+        warm_up = warm_up if warm_up is not None else 1 if self.quick else 2
+        names = list(functions)
+        seconds = {name: [] for name in names}
+        for number in range(warm_up + (rounds or self.rounds)):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                start = self.clock()
+                functions[name]()
+                seconds[name].append(self.clock() - start)
+        return {name: values[warm_up:] for name, values in seconds.items()}
+
+
+def compared(
+    case: str,
+    setting: str,
+    seconds: dict[str, Sequence[float]],
+    name: str,
+    peer: str,
+    *,
+    at_most: float | None = None,
+    speed: bool = False,
+    at_least: float | None = None,
+) -> Comparison:
+    """The Comparison of two of the candidates that `Bench.times` ran; at least two rounds.
+
+    Ratio of times with the goal `at_most`; with `speed` or a goal `at_least` it is turned round: peer / ours.
+    """
+    speed = speed or at_least is not None
+    pairs = zip(seconds[peer], seconds[name], strict=True) if speed else zip(seconds[name], seconds[peer], strict=True)
+    lower, middle, upper = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+    goal = at_least if speed else at_most
+    measure = "speed" if speed else "time"
+    return Comparison(case, name, peer, setting, measure, middle, lower, upper, len(seconds[name]), goal)
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """The comparisons as text, a line each, a heading for each setting."""
+    rows, headings = [("ours", "peer", "ratio", "of", "middle half", "goal", "")], {}
+    for c in comparisons:
+        if (c.case, c.setting) not in headings.values():
+            headings[len(rows)] = (c.case, c.setting)
+        sign = "<=" if c.measure == "time" else ">="
+        goal, verdict = ("", "") if c.goal is None else (f"{sign} {c.goal:.2f}", "reached" if c.reached else "MISSED")
+        spread = f"{c.lower_quartile:.2f}-{c.upper_quartile:.2f}"
+        rows.append((c.name, c.peer, f"{c.ratio:.3f}", c.measure, spread, goal, verdict))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        if number in headings:
+            lines += ["", ": ".join(headings[number])]
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m upcycling.bench",
+        description=__doc__.splitlines()[0],
+        epilog='"time" is ours / peer (goal: at most), "speed" is peer / ours (goal: at least).',
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes, under three minutes in all")
+    parser.add_argument("--rounds", type=int, help="rounds per comparison (default 15, with --quick 4)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, pinned to as many cores (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--json", type=Path, help="write the results here, too")
+    options = parser.parse_args(arguments)
+    unknown = [case for case in options.cases if case not in CASES]
+    if unknown:
+        parser.error(f"there is no case {unknown[0]!r}; choose from {', '.join(CASES)}")
+    rounds = options.rounds if options.rounds is not None else 4 if options.quick else 15
+    if rounds < 3 or options.threads < 1:
+        parser.error(f"--rounds {rounds} --threads {options.threads}: at least 3 rounds and 1 thread are needed")
+    if options.device != "cpu" and not torch.accelerator.is_available():
+        parser.error(f"--device {options.device}: torch sees no accelerator here; leave --device out")
+    bench = Bench(rounds, options.quick, options.device, options.threads)
+    results = []
+    with _threads(options.threads):
+        for case in options.cases or CASES:
+            print(f"{case} ...", file=sys.stderr, flush=True)
+            found = importlib.import_module(f"{__package__}.{case}").compare(bench)
+            results += found
+            if options.json:  # after each case, so that an interrupted bench leaves what it has measured
+                write_text(options.json, json.dumps(_record(bench, results), indent=1) + "\n")
+    print(table(results))
+    return 0
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch's threads, pinned to the last cores that this process may use (the first serve the system's interrupts)."""
+    before, cores = torch.get_num_threads(), None
+    torch.set_num_threads(count)
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(cores)[-count:])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+def _record(bench: Bench, results: Sequence[Comparison]) -> dict:
+    what = f"{platform.machine()}, {bench.device}, {bench.threads} thread(s), torch {torch.__version__}"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": what,
+        "comparisons": [asdict(comparison) | {"reached": comparison.reached} for comparison in results],
+    }

@@ -1,0 +1,228 @@
+"""What does a model cost? Parameters, FLOPs, memory and arithmetic intensity, of any DecoderLM or transformers model.
+
+    print(account(model, batch_size=8, seq_len=128))
+    print(account(REFERENCE["sparse-158m"], seq_len=128))        # a configuration: nothing of that size is built
+
+FLOPs are those of matrix products, two for each multiply-add: what `flop_counter` counts as a model runs. Attention
+counts all T x T scores, although a causal kernel may skip almost half; softmax, norms and the optimizer's few
+operations for each parameter are left out. The backward pass has two products for each one of the forward pass.
+
+Intensity is FLOPs per byte that must at least travel between memory and processor: where it is low, the processor
+waits. That least is each weight in use once a pass, and the key/value cache; in training two passes, the activations
+written and read once, and gradients, weights and AdamW's moments read and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..core.config import ModelConfig
+from ..core.model import DecoderLM
+from ..tables import Table
+from .activations import activation_bytes, extrapolated_activation_bytes
+from .parts import _of_config, _of_transformers
+from .references import _rounded
+
+# -------------------------------------------------------------------------------------------------- executed products
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter (a context manager), which also knows grouped products and the attention kernel of a CPU."""
+    operations = {
+        "_grouped_mm": _grouped,
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    }
+    aten = torch.ops.aten
+    known = {getattr(aten, name): flops for name, flops in operations.items() if hasattr(aten, name)}
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _grouped(a_shape, b_shape, *_, out_shape=None, **__) -> int:
+    # (R,I) x (E,I,O) forward, (O,R) x (R,I) in the backward pass: every row meets one matrix
+    return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
+
+
+def _attention(q_shape, k_shape, v_shape, *_, out_shape=None, **__) -> int:
+    b, h, t, c = q_shape
+    return 2 * b * h * t * k_shape[2] * (c + v_shape[-1])
+
+
+def _attention_backward(_, q_shape, k_shape, v_shape, *__, out_shape=None, **___) -> int:
+    return 2 * _attention(q_shape, k_shape, v_shape)  # what is computed a second time to save memory is not counted
+
+
+# -------------------------------------------------------------------------------------------------------- the account
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs at B sequences of T tokens; `account` makes it. Prints as a table.
+
+    Parameters: a tied matrix counts once; `active` are those that one token uses (`upcycling.config.ParameterCount`),
+    `experts` the routed experts of all layers, `router` all routers, `embeddings` the tables that are looked up.
+    FLOPs: `forward` and `backward` of the batch with the loss at every position, `update` both; `prefill` of B prompts
+    of T tokens with logits for the last; `decode` of one more token for each of B sequences that sees `context` tokens,
+    itself included. Bytes: weights, gradients, the optimizer's (AdamW's two moments), activations (what the forward
+    pass keeps for the backward pass; None: not measured), and the key/value cache of B x `context` tokens.
+    """
+
+    name: str
+    batch_size: int
+    seq_len: int
+    context: int
+
+    total: int
+    active: int
+    experts: int
+    router: int
+    embeddings: int
+
+    forward: int
+    scores: int  # the part of `forward` that is attention's scores and sums
+    head: int  # the part of `forward` that is the head
+    prefill: int
+    decode: int
+
+    weights: int
+    activations: int | None
+    kv_cache: int
+    read_by_prefill: int  # bytes of weights, as far as experts are used
+    read_by_decode: int
+
+    @property
+    def backward(self) -> int:
+        return 2 * self.forward
+
+    @property
+    def update(self) -> int:
+        return 3 * self.forward
+
+    @property
+    def gradients(self) -> int:
+        return self.weights
+
+    @property
+    def optimizer(self) -> int:
+        return 2 * self.weights
+
+    @property
+    def prefill_intensity(self) -> float:
+        written = self.kv_cache * self.seq_len / self.context
+        return self.prefill / (self.read_by_prefill + written)
+
+    @property
+    def decode_intensity(self) -> float:
+        return self.decode / (self.read_by_decode + self.kv_cache)
+
+    @property
+    def training_intensity(self) -> float | None:
+        if self.activations is None:
+            return None
+        # read for forward and for backward; activations, gradients, weights and moments written and read
+        once = self.read_by_prefill + self.activations + self.gradients + self.weights + self.optimizer
+        return self.update / (2 * once)
+
+    def __str__(self) -> str:
+        return str(side_by_side({self.name: self}))
+
+    def _repr_html_(self) -> str:
+        return side_by_side({self.name: self})._repr_html_()
+
+
+def side_by_side(accounts: Mapping[str, Account]) -> Table:
+    """The accounts of several models in one table, a column each, headed by their names."""
+    lines = {
+        "batch x tokens, context": lambda a: f"{a.batch_size} x {a.seq_len:,}, {a.context:,}",
+        "parameters": lambda a: f"{a.total:,}",
+        "active per token": lambda a: f"{a.active:,}",
+        "experts": lambda a: f"{a.experts:,}",
+        "routers": lambda a: f"{a.router:,}",
+        "embeddings": lambda a: f"{a.embeddings:,}",
+        "GFLOPs forward": lambda a: _rounded(a.forward, 1e9),
+        "of these attention scores": lambda a: _rounded(a.scores, 1e9),
+        "of these head": lambda a: _rounded(a.head, 1e9),
+        "GFLOPs backward": lambda a: _rounded(a.backward, 1e9),
+        "GFLOPs training update": lambda a: _rounded(a.update, 1e9),
+        "GFLOPs prefill": lambda a: _rounded(a.prefill, 1e9),
+        "GFLOPs decoding step": lambda a: _rounded(a.decode, 1e9),
+        "MiB weights": lambda a: _rounded(a.weights, 2**20),
+        "MiB gradients": lambda a: _rounded(a.gradients, 2**20),
+        "MiB AdamW": lambda a: _rounded(a.optimizer, 2**20),
+        "MiB activations": lambda a: _rounded(a.activations, 2**20),
+        "MiB key/value cache": lambda a: _rounded(a.kv_cache, 2**20),
+        "FLOPs per byte, training": lambda a: _rounded(a.training_intensity),
+        "FLOPs per byte, prefill": lambda a: _rounded(a.prefill_intensity),
+        "FLOPs per byte, decoding": lambda a: _rounded(a.decode_intensity),
+    }
+    return Table({"": line} | {name: write(a) for name, a in accounts.items()} for line, write in lines.items())
+
+
+def account(
+    model,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    *,
+    context: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    activations: bool = True,
+) -> Account:
+    """What `model` costs at `batch_size` sequences of `seq_len` tokens (default: all that it takes, at most 2,048).
+
+    `model` is a DecoderLM, a ModelConfig (its weights are counted in `dtype`) or a transformers causal LM, which may be
+    on the meta device: then nothing has its size. `context` (default: `seq_len`) is how many tokens a decoding step
+    sees. `activations=False` leaves them out; else they are measured, see `activation_bytes`, in one forward pass
+    of the batch. (Of a ModelConfig, and of a DecoderLM on the meta device: on models of one and two layers, from which
+    the rest follows exactly; of a transformers model on the meta device they are None.)
+    Experts read by a pass are those that even routing would touch. Raises ValueError for sequences longer than the
+    model takes, for layers that mix tokens by anything but attention (their products are not known here), and for an
+    MoE whose router `find_routers` does not know.
+    """
+    if isinstance(model, DecoderLM):
+        dtype = model.token_embedding.weight.dtype
+    if isinstance(model, DecoderLM | ModelConfig):
+        parts = _of_config(getattr(model, "config", model), dtype)
+    else:
+        parts = _of_transformers(model)
+    t = min(parts.longest, 2048) if seq_len is None else seq_len
+    context = t if context is None else context
+    if batch_size < 1 or t < 1 or context < 1:
+        raise ValueError(f"batch_size={batch_size}, seq_len={t} and context={context} must all be at least 1")
+    if max(t, context) > parts.longest:
+        raise ValueError(f"{max(t, context)} tokens do not fit the model's context of {parts.longest}; ask for fewer")
+    b = batch_size
+    scores, head = parts.score_flops(t, t), 2 * parts.head
+    return Account(
+        name=parts.name,
+        batch_size=b,
+        seq_len=t,
+        context=context,
+        total=parts.total,
+        active=parts.active,
+        experts=parts.experts,
+        router=parts.router,
+        embeddings=parts.embeddings,
+        forward=b * (t * (parts.per_token + head) + scores),
+        scores=b * scores,
+        head=b * t * head,
+        prefill=b * (t * parts.per_token + head + scores),
+        decode=b * (parts.per_token + head + parts.score_flops(1, context)),
+        weights=parts.total * parts.bytes_each,
+        activations=_activations(model, dtype, b, t) if activations else None,
+        kv_cache=b * parts.cached(context) * parts.bytes_each,
+        read_by_prefill=round(parts.read(b * t)),
+        read_by_decode=round(parts.read(b)),
+    )
+
+
+def _activations(model, dtype: torch.dtype, batch_size: int, seq_len: int) -> int | None:
+    if isinstance(model, ModelConfig):
+        return extrapolated_activation_bytes(model, dtype, batch_size, seq_len)
+    if next(model.parameters()).is_meta:
+        ours = isinstance(model, DecoderLM)  # transformers looks at values, which are not there
+        return extrapolated_activation_bytes(model.config, dtype, batch_size, seq_len) if ours else None
+    return activation_bytes(model, batch_size, seq_len)

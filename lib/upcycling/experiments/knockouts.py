@@ -1,0 +1,234 @@
+"""What did the experts learn? Specialisation, and what each expert's removal costs each domain, over several seeds.
+
+    python -m upcycling.knockouts --seeds 0 1 2 --out notebooks/results/knockout_worlds_quick.json
+
+For each seed's MoE of the series (trained if need be), on the whole validation split, domain by domain:
+
+    share       the fraction of a domain's tokens that an expert serves, and how far domains differ (JSD), with what is
+                left of it when the windows' labels are shuffled; the JSD during training, too
+    alone       each expert of each layer removed: the loss it costs each domain, with standard errors
+    together    a domain's main experts of all layers removed at once; beside it random experts, one a layer
+
+Expert 3 of one seed has nothing to do with expert 3 of another, so seeds are compared by what an expert is for: a
+domain's *main expert* of a layer is the one whose share of that domain exceeds most its mean share of the others. It is
+named by what the router does alone, before anything is removed; whether its removal hurts that domain is then a test.
+
+The result is written after each seed; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import IGNORE
+from ..files import write_text
+from ..routing.intervention import domain_losses, intervene, knockout
+from ..routing.metrics import Baseline, domain_divergence, domain_specialization, router_saturation, shuffled_baseline
+from ..routing.record import record_routing
+from .compare import setting
+from .results import mean_and_spread
+from .series import Series, add_series_arguments, load_series
+
+RANDOM_DRAWS = 12  # sets of random experts, one a layer
+
+
+def main_experts(share_LCE: Tensor) -> Tensor:
+    """expert_LC: for each domain the expert whose share of it exceeds most its mean share of the other domains."""
+    others_LCE = (share_LCE.sum(1, keepdim=True) - share_LCE) / (share_LCE.shape[1] - 1)
+    return (share_LCE - others_LCE).argmax(-1)
+
+
+def study(series: Series, seed: int, windows: int | None = None, progress: bool = True) -> dict:
+    """Everything about one seed's MoE, as lists and numbers; `windows` limits the windows per domain.
+
+    Raises ValueError for a corpus without domains.
+    """
+    windows_by_domain = series.domain_windows(windows)
+    if len(windows_by_domain) < 2:
+        raise ValueError(f"corpus {series.name!r} has no domains to compare; use worlds, or one with a column 'domain'")
+    model, result = series.moe(seed, progress=progress, verbose=False)
+    costs = knockout(model, windows_by_domain, progress=progress)
+    layers, num_experts, num_domains = costs.layers, len(costs.experts), len(costs.domains)
+
+    with record_routing(model) as trace:
+        base = domain_losses(model, windows_by_domain)
+    real_N = torch.cat([(targets_BT != IGNORE).flatten() for _, targets_BT in windows_by_domain.values()])
+    sizes_C = torch.tensor([tokens_BT.numel() for tokens_BT, _ in windows_by_domain.values()])
+    labels_N = torch.arange(num_domains).repeat_interleave(sizes_C)[real_N]
+    expert_ids_LNK, windows_N = trace.expert_ids[:, real_N], trace.sequence[real_N]
+
+    def divergence(expert_ids_LNK: Tensor, labels_N: Tensor) -> Tensor:
+        return domain_divergence(domain_specialization(expert_ids_LNK, labels_N, num_experts, num_domains))
+
+    def cost_of(experts_L: list[int]) -> list[float]:
+        """Nats per token that each domain loses without these experts, one a layer."""
+        with intervene(model, remove={layer: [expert] for layer, expert in zip(layers, experts_L)}):
+            return [loss - base[name] for name, loss in domain_losses(model, windows_by_domain).items()]
+
+    share_LCE = domain_specialization(expert_ids_LNK, labels_N, num_experts)
+    expert_LC = main_experts(share_LCE)
+    random_RL = np.random.default_rng(0).integers(num_experts, size=(RANDOM_DRAWS, len(layers)))
+    seen = series.moe_snapshots(seed, progress=progress, verbose=False)
+    return {
+        "seed": seed,
+        "val_loss": result.final_loss,
+        "layers": layers,
+        "domains": costs.domains,
+        "tokens": costs.tokens_C.tolist(),
+        "base_loss": _round(costs.base_loss_C),
+        "share": _round(share_LCE),
+        "divergence": _round(divergence(expert_ids_LNK, labels_N)),
+        "divergence_shuffled": _baseline(
+            shuffled_baseline(divergence, expert_ids_LNK, labels_N, repeats=100, groups_N=windows_N)
+        ),
+        "main_experts": expert_LC.tolist(),
+        "cost": _round(costs.deltas_LEC),
+        "cost_error": _round(costs.errors_LEC),
+        "chance_spreads": costs.chance_spreads,
+        "worst": costs.worst(),
+        "cost_together": _round([cost_of(expert_L) for expert_L in expert_LC.T.tolist()]),
+        "cost_random_together": _round([cost_of(expert_L) for expert_L in random_RL.tolist()]),
+        "training": {
+            "steps": seen.steps.tolist(),
+            "divergence": _stack(divergence(ids, seen.labels) for ids in seen.expert_ids),
+            "divergence_shuffled": _baseline(
+                shuffled_baseline(divergence, seen.expert_ids[-1], seen.labels, repeats=100, groups_N=seen.sequence)
+            ),
+            "saturation": _stack(router_saturation(ids, seen.expert_ids[-1]) for ids in seen.expert_ids),
+        },
+    }
+
+
+def _round(values) -> list:
+    return np.round(np.asarray(values, dtype=float), 6).tolist()
+
+
+def _stack(tensors: Iterable[Tensor]) -> list:
+    return _round(torch.stack([*tensors]))
+
+
+def _baseline(chance: Baseline) -> dict:
+    return {"mean": _round(chance.mean), "spread": _round(chance.standard_deviation)}
+
+
+def measure(
+    preset: str,
+    corpus: str,
+    seeds: list[int],
+    out: Path | None = None,
+    windows: int | None = None,
+    progress: bool = True,
+) -> dict:
+    """`study` of each seed, with date and setting; written to `out` after each; the seeds already there are kept."""
+    series = load_series(preset, corpus)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "setting": setting(series) | {"windows": windows},
+        "corpus": series.name,
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "seeds": [],
+    }
+    if out is not None and out.exists():
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if earlier.get("setting") == result["setting"]:
+            result["seeds"] = earlier["seeds"]
+    for seed in seeds:
+        if seed not in [one["seed"] for one in result["seeds"]]:
+            result["seeds"].append(study(series, seed, windows, progress))
+            if out is not None:
+                write_text(out, json.dumps(result) + "\n")
+    return result
+
+
+def summarize(result: dict) -> list[dict]:
+    """One row per domain: (mean, standard deviation over seeds) of what removing experts costs that domain, in nats.
+
+    `own`: its own main experts, all layers at once. `other`: the other domains' main experts, their mean. `random`:
+    random experts, one a layer. `own_alone`: its main expert of one layer, mean over layers; `random_alone` likewise.
+    """
+    columns = {"own": [], "other": [], "random": [], "own_alone": [], "random_alone": []}
+    for one in result["seeds"]:
+        together_CC, cost_LEC = np.array(one["cost_together"]), np.array(one["cost"])
+        expert_LC, count = np.array(one["main_experts"]), len(together_CC)
+        own_C = together_CC.diagonal()
+        columns["own"].append(own_C)
+        columns["other"].append((together_CC.sum(0) - own_C) / (count - 1))
+        columns["random"].append(np.mean(one["cost_random_together"], 0))
+        columns["own_alone"].append(cost_LEC[np.arange(len(expert_LC))[:, None], expert_LC, np.arange(count)].mean(0))
+        columns["random_alone"].append(cost_LEC.mean((0, 1)))
+    rows = []
+    for c, domain in enumerate(result["seeds"][0]["domains"]):
+        of_seeds = {name: [float(value_C[c]) for value_C in values] for name, values in columns.items()}
+        rows.append({"domain": domain} | {name: mean_and_spread(values) for name, values in of_seeds.items()})
+    return rows
+
+
+def table(result: dict) -> str:
+    """The result as text: specialisation against chance, the clearest experts, what removal costs each domain."""
+    lines = []
+    for one in result["seeds"]:
+        value_L, chance = np.array(one["divergence"]), one["divergence_shuffled"]
+        spreads_L = (value_L - chance["mean"]) / np.array(chance["spread"])
+        lines.append(
+            f"seed {one['seed']}: domains differ by {_numbers(value_L)} bits (layer by layer; shuffled "
+            f"{_numbers(chance['mean'])}), {_numbers(spreads_L, 1)} spreads above chance"
+        )
+        first_L, *_, last_L = one["training"]["divergence"]
+        lines.append(
+            f"    on the probe {_numbers(first_L)} before any update (the experts are copies), "
+            f"{_numbers(last_L)} at the end"
+        )
+        clear = [row for row in one["worst"] if row["spreads"] > one["chance_spreads"]]
+        served = Counter(row["domain"] for row in clear)
+        lines.append(
+            f"    {len(clear)} of {len(one['worst'])} experts serve one domain more than chance allows "
+            f"({one['chance_spreads']:.1f} spreads): {', '.join(f'{name} {n}' for name, n in served.most_common())}"
+        )
+        for row in clear[:3]:
+            lines.append(
+                f"    without expert {row['expert']} of layer {row['layer']} {row['domain']} loses {row['delta']:.4f} "
+                f"nats, {row['margin']:.4f} ± {row['error']:.4f} more than the next domain"
+            )
+    lines += ["", "what removal costs, nats per token, mean ± standard deviation over seeds:"]
+    rows = summarize(result)
+    names = [name for name in rows[0] if name != "domain"]
+    lines.append(f"{'domain':<12}" + "".join(f"{name.replace('_', ' '):>20}" for name in names))
+    for row in rows:
+        cells = "".join(f"{row[name][0]:>11.4f} ± {row[name][1]:.4f}" for name in names)
+        lines.append(f"{row['domain']:<12}{cells}")
+    return "\n".join(lines)
+
+
+def _numbers(values, digits: int = 3) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m upcycling.knockouts", description=__doc__.splitlines()[0])
+    add_series_arguments(parser)
+    parser.add_argument("--windows", type=int, help="at most so many windows per domain (default: all there are)")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and go on from what is there")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    corpus = options.corpus or load_series(options.preset).corpus_name
+    try:
+        result = measure(options.preset, corpus, options.seeds, options.out, options.windows)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What runs showed: differences paired by seed, with intervals, as tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from .arms import DENSE
+from .budgets import BUDGETS
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def losses(result: dict, arm: str, budget: str) -> dict[int, float]:
+    """{seed: final validation loss} of one arm at one budget."""
+    rows = (row for row in result["rows"] if (row["arm"], row["budget"]) == (arm, budget))
+    return {row["seed"]: row["val_loss"] for row in rows}
+
+
+def paired(result: dict, budget: str, arm: str, rival: str) -> tuple[float, float]:
+    """(mean of `arm` less `rival`, standard deviation of the difference) over the seeds that both have.
+
+    A seed gives both the same data in the same order, so that much of the scatter is common and cancels. The deviation
+    is NaN for a single seed; so are both where the arms share none.
+    """
+    ours, theirs = losses(result, arm, budget), losses(result, rival, budget)
+    return mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where there are too few values."""
+    mean = statistics.mean(values) if values else float("nan")
+    return mean, statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def summarize(result: dict) -> list[dict]:
+    """One row per budget and arm: mean and standard deviation of the validation loss over the seeds, and
+
+    its difference from the dense control at the same budget with the spread of that difference (see `paired`).
+    """
+    rows = []
+    control = result.get("control", DENSE.name)
+    for budget in BUDGETS:
+        for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
+            mean, spread = mean_and_spread(list(losses(result, arm, budget).values()))
+            if mean == mean:
+                updates = next(r["updates"] for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budget))
+                difference, paired_spread = paired(result, budget, arm, control)
+                rows.append(
+                    dict(budget=budget, arm=arm, updates=updates, mean=mean, spread=spread)
+                    | dict(difference=difference, paired_spread=paired_spread)
+                )
+    return rows
+
+
+def margin(result: dict, budget: str, arm: str | None = None, rival: str | None = None) -> tuple[float, float]:
+    """(how far `arm` ends below `rival`, the larger of the two arms' standard deviations).
+
+    By default the arm that set the budget and the dense control.
+    """
+    by_arm = {row["arm"]: row for row in summarize(result) if row["budget"] == budget}
+    ours = by_arm[arm or result.get("reference", "upcycled MoE")]
+    theirs = by_arm[rival or result.get("control", DENSE.name)]
+    return theirs["mean"] - ours["mean"], max(ours["spread"], theirs["spread"])
+
+
+def table(result: dict) -> str:
+    """The losses as text, a line for each budget and arm, with the gap to the entropy floor where that is known."""
+    floor, rows = result["floor"], summarize(result)
+    width = max([17, *(len(row["arm"]) for row in rows)])
+    lines = [f"{'equal':<8} {'arm':<{width}} {'updates':>7}  {'val loss':>8}  {'± seeds':>7}  {'above floor':>11}"]
+    for row in rows:
+        gap = "" if floor is None else f"{row['mean'] - floor:.3f}"
+        lines.append(
+            f"{row['budget']:<8} {row['arm']:<{width}} {row['updates']:>7}  "
+            f"{row['mean']:>8.3f}  {row['spread']:>7.4f}  {gap:>11}"
+        )
+    return "\n".join(lines)
+
+
+def overview(result: dict) -> str:
+    """One line per arm, in Markdown: losses at each budget, the paired difference from dense, and the routing.
+
+    The routing is that of the first budget, means over the seeds: the highest load of any layer, dead experts of all
+    layers together, and means over layers of JSD (bits), experts per token and the fraction of dropped choices.
+    """
+    summary = summarize(result)
+    budgets = list(dict.fromkeys(row["budget"] for row in summary))
+    control = result.get("control", DENSE.name)
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in summary):
+        line = {"arm": arm}
+        for row in summary:
+            if row["arm"] == arm:
+                line[f"equal {row['budget']}"] = _plus_minus(row["mean"], row["spread"])
+                if arm != control:
+                    line[f"{row['budget']}: from dense"] = _plus_minus(row["difference"], row["paired_spread"], "+")
+        lines.append(line | _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])]))
+    columns = ["arm"]
+    for budget in budgets:
+        columns += [f"equal {budget}", f"{budget}: from dense"]
+    columns += list(_routing_cells([]))
+    columns = [name for name in columns if any(line.get(name) for line in lines)]
+    cells = [columns] + [[line.get(name, "") for name in columns] for line in lines]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    cells.insert(1, ["-" * width for width in widths])
+    text = "\n".join("| " + " | ".join(c.ljust(width) for c, width in zip(row, widths)) + " |" for row in cells)
+    if "shared_within" in result and len(budgets) > 1:
+        text += f"\n\nBudgets whose updates differ by no more than {result['shared_within']:.0%} share one run."
+    return text
+
+
+def _plus_minus(mean: float, spread: float, sign: str = "") -> str:
+    if mean != mean:
+        return ""
+    return f"{mean:{sign}.4f}" + ("" if spread != spread else f" ± {spread:.4f}")
+
+
+def _routing_cells(rows: Sequence[dict]) -> dict[str, str]:
+    """The routing columns of `overview`: means over `rows`, empty where they are not known."""
+
+    def cell(name, over_layers, style):
+        values = [over_layers(row[name]) for row in rows if row.get(name) and None not in row[name]]
+        return format(statistics.mean(values), style) if values else ""
+
+    mean = statistics.mean
+    return {
+        "max load": cell("max_load", max, ".2f"),
+        "dead": cell("dead_experts", sum, ".1f"),
+        "JSD": cell("jsd", mean, ".3f"),
+        "experts": cell("experts_per_token", mean, ".2f"),
+        "dropped": cell("dropped", mean, ".1%"),
+    }

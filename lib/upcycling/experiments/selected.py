@@ -1,0 +1,283 @@
+"""Is a chosen quarter of the corpus worth more than a random one? Every score against random, over several seeds.
+
+    python -m upcycling.selected --seeds 0 1 2 --out notebooks/results/selection_worlds_quick.json
+
+An arm chooses documents for a budget of tokens (by default a quarter of the training split), shared over the strata
+(`selection.STRATA`, those of them that the corpus has). The series' parent, upcycled as in `Series.moe`, is trained on
+them and on nothing else, for as many updates as reading the budget once takes; the dense control stays dense. All arms
+have the same budget and updates. A seed draws the router, the order of the windows, and the random choice; the parent
+is that of seed 0, and so is the MoE whose gain over it is the score `excess`.
+
+The parent was trained on this corpus before, so this is *continued* pretraining: what an arm can win is what the parent
+has not yet learned of it. The result is written after each run; an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..core.transfer import upcycle
+from ..files import write_text
+from ..routing.load import evaluate_routing
+from ..selection.choose import STRATA, Selection, documents_read, select
+from ..selection.scores import score_documents
+from ..training.evaluation import evaluate
+from .compare import one_thread, setting
+from .results import mean_and_spread
+from .series import Series, add_series_arguments, artifacts_dir, load_series
+
+REFERENCE = "random"
+MEASURES = ("val_loss", "balance", "balanced_perplexity")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How an arm chooses its documents: `score` None is at random; `dense` trains the parent on as it is."""
+
+    name: str
+    score: str | None = None
+    order: str = "highest"
+    allocation: str = "proportional"
+    dense: bool = False
+
+
+CHOICES = (
+    Choice("random"),
+    Choice("random, strata alike", allocation="uniform"),
+    Choice("highest cross-entropy", "cross_entropy"),
+    Choice("lowest cross-entropy", "cross_entropy", "lowest"),
+    Choice("highest excess", "excess"),
+    Choice("highest count entropy", "count_entropy"),
+    Choice("highest normalized entropy", "normalized_entropy"),
+    Choice("dense control, random", dense=True),
+)
+
+
+def budget_of(series: Series, fraction: float = 0.25) -> tuple[int, int]:
+    """(tokens, updates): `fraction` of the training split, and the updates that read so many tokens once.
+
+    Raises ValueError for a fraction that is not above 0 and up to 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} of the training tokens; choose a number above 0 and up to 1")
+    config, tokens = series.preset.sparse, int(fraction * len(series.train_stream))
+    return tokens, -(-tokens // (config.batch_size * config.accumulation * series.preset.model.seq_len))
+
+
+def choose(series: Series, choice: Choice, budget: int, seed: int, scores=None) -> Selection:
+    """The documents of the training split that `choice` takes for `budget` tokens; `scores` as its score gives them."""
+    rows = series.corpus["train"]
+    return select(
+        rows,
+        scores,
+        budget=budget,
+        unit="tokens",
+        strata=_strata(rows),
+        allocation=choice.allocation,
+        order="random" if choice.score is None else choice.order,
+        tokens_per_document=series.train_stream.document_lengths,
+        seed=seed,
+    )
+
+
+def _strata(rows) -> tuple[str, ...]:
+    return tuple(name for name in STRATA if name in rows.column_names)
+
+
+def run(series: Series, choice: Choice, selection: Selection, seed: int, updates: int, progress: bool = False) -> dict:
+    """Train on `selection` alone (or load that run); losses and balance on the whole validation split."""
+    rows = series.corpus["train"]
+    stream = selection.stream(rows, series.tokenizer, artifacts_dir() / "streams", progress=False)
+    config = replace(series.preset.sparse, steps=updates, seed=seed + 1000, eval_every=max(updates // 4, 1))
+    read = documents_read(stream, config, series.preset.model.seq_len)
+    if not read <= set(selection.indices.tolist()):
+        raise AssertionError(f"{len(read - set(selection.indices.tolist()))} documents that were not selected are read")
+
+    model, _ = series.dense_parent(progress=progress, verbose=False)
+    if not choice.dense:
+        model = upcycle(model, series.preset.moe, seed=seed)
+    result = series.trained(model, config, "selected", train_stream=stream, progress=progress, verbose=False)
+    row = {
+        "arm": choice.name,
+        "seed": seed,
+        "val_loss": result.final_loss,
+        "history": [[row["step"], row["val_loss"]] for row in result.history if row["val_loss"] is not None],
+        "per_domain": {name: evaluate(model, stream) for name, stream in series.domain_streams().items()},
+        "documents": len(selection),
+        "documents_read": len(read),
+        "tokens": selection.tokens,
+        "duplicates": sum(stratum["duplicates"] for stratum in selection.table),
+        "chosen_by_stratum": [stratum["chosen"] for stratum in selection.table],
+        "tokens_by_stratum": [stratum["tokens"] for stratum in selection.table],
+        "cpu_seconds": result.history[-1]["cpu_seconds"],
+    }
+    if "domain" in rows.column_names:
+        tokens = Counter()
+        for name, length in zip(rows.select(selection.indices)["domain"], stream.document_lengths.tolist()):
+            tokens[name] += length
+        row["tokens_by_domain"] = {name: tokens[name] for name in sorted(set(rows["domain"]))}
+    if not choice.dense:
+        routing = evaluate_routing(model, series.validation_stream)
+        row |= {
+            "aux_loss": routing.aux_loss_L.tolist(),
+            "balance_by_layer": routing.balance_L.tolist(),
+            "balance": routing.balance,
+            "balanced_perplexity": routing.balanced_perplexity,
+        }
+    return row
+
+
+def study(
+    series: Series,
+    seeds: Sequence[int] = (0, 1, 2),
+    choices: Sequence[Choice] = CHOICES,
+    *,
+    fraction: float = 0.25,
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict:
+    """All `choices` for all `seeds`, with date and setting; written to `out` after each run, whose rows are kept."""
+    budget, updates = budget_of(series, fraction)
+    rows = series.corpus["train"]
+    whole = select(rows, None, budget=len(rows), strata=_strata(rows), order="random", near_duplicates=None)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "setting": setting(series) | {"fraction": fraction, "budget": budget, "updates": updates},
+        "corpus": series.name,
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "strata": [[stratum[name] for name in whole.settings["strata"]] for stratum in whole.table],
+        "documents_by_stratum": [stratum["documents"] for stratum in whole.table],
+        "parent_loss": series.dense_parent(progress=progress, verbose=False)[1].final_loss,
+        "rows": [],
+    }
+    if out is not None and out.exists():
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if earlier.get("setting") == result["setting"]:
+            result["rows"] = earlier["rows"]
+    done = {(row["arm"], row["seed"]) for row in result["rows"]}
+    scores = {None: None}
+    for seed in seeds:
+        for choice in choices:
+            if (choice.name, seed) in done:
+                continue
+            if choice.score not in scores:
+                models = {"model": series.dense_parent(progress=False, verbose=False)[0]}
+                if choice.score == "excess":
+                    models["moe"] = series.moe(0, progress=progress, verbose=False)[0]
+                scores[choice.score] = score_documents(
+                    rows, series.tokenizer, choice.score, progress=progress, **models
+                )
+            selection = choose(series, choice, budget, seed, scores[choice.score])
+            row = run(series, choice, selection, seed, updates, progress)
+            result["rows"].append(row)
+            print(f"seed {seed}  {choice.name}: {len(selection):,} documents, {row['val_loss']:.4f}", flush=True)
+            if out is not None:
+                write_text(out, json.dumps(result) + "\n")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def values(result: dict, arm: str, measure: str = "val_loss") -> dict[int, float]:
+    """{seed: value} of one arm; `measure` is one of `MEASURES`, or a domain, whose loss it then is."""
+    rows = [row for row in result["rows"] if row["arm"] == arm]
+    return {row["seed"]: row["per_domain"].get(measure, row.get(measure)) for row in rows}
+
+
+def paired(result: dict, arm: str, measure: str = "val_loss", rival: str = REFERENCE) -> tuple[float, float]:
+    """(mean of `arm` less `rival`, standard deviation of the difference) over the seeds that both have.
+
+    A seed gives both the same router and draws their windows alike, so that much of the scatter cancels. NaN where a
+    deviation needs a second seed.
+    """
+    ours, theirs = values(result, arm, measure), values(result, rival, measure)
+    return mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+
+def summarize(result: dict) -> list[dict]:
+    """One row per arm: documents, tokens, and (mean, spread over seeds) of the loss, of B, and of what they and each
+
+    domain's loss differ from random at the same seed (`difference`, `per_domain`; None for the balance of a dense arm).
+    """
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["arm"] == arm]
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(own),
+                "documents": mean_and_spread([row["documents"] for row in own])[0],
+                "tokens": mean_and_spread([row["tokens"] for row in own])[0],
+                "loss": mean_and_spread([row["val_loss"] for row in own]),
+                "balance": mean_and_spread([row["balance"] for row in own]) if "balance" in own[0] else None,
+                "difference": paired(result, arm),
+                "per_domain": {name: paired(result, arm, name) for name in own[0]["per_domain"]},
+            }
+        )
+    return rows
+
+
+def verdict(difference: tuple[float, float]) -> str:
+    """ "better" or "worse" than random where the mean difference exceeds two of its spreads, else "not told apart"."""
+    mean, spread = difference
+    if not abs(mean) > 2 * spread:
+        return "not told apart"
+    return "better" if mean < 0 else "worse"
+
+
+def table(result: dict) -> str:
+    """The result as text: a line for each arm, then what each domain's loss differs from random."""
+    rows = summarize(result)
+    width = max(len(row["arm"]) for row in rows)
+    updates = result["setting"]["updates"]
+    lines = [
+        f"{result['setting']['budget']:,} tokens chosen, {updates} updates, {len({r['seed'] for r in result['rows']})} "
+        f"seeds; the parent's loss {result['parent_loss']:.4f}",
+        f"{'arm':<{width}}  documents  val loss  ± seeds  less random  ± seeds       B",
+    ]
+    for row in rows:
+        balance = "" if row["balance"] is None else f"{row['balance'][0]:.4f}"
+        difference = f"{row['difference'][0]:>+11.4f}  {row['difference'][1]:>7.4f}" if row["arm"] != REFERENCE else ""
+        lines.append(
+            f"{row['arm']:<{width}}  {row['documents']:>9,.0f}  {row['loss'][0]:>8.4f}  {row['loss'][1]:>7.4f}  "
+            f"{difference:>20}  {balance:>6}".rstrip()
+        )
+    if domains := list(rows[0]["per_domain"]):
+        lines += ["", "loss less random's, nats per token, mean ± spread over seeds:"]
+        lines.append(" " * width + "".join(f"{name:>19}" for name in domains))
+        for row in rows:
+            if row["arm"] != REFERENCE:
+                cells = [f"{row['per_domain'][name][0]:+.4f} ± {row['per_domain'][name][1]:.4f}" for name in domains]
+                lines.append(f"{row['arm']:<{width}}" + "".join(f"{cell:>19}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m upcycling.selected", description=__doc__.splitlines()[0])
+    add_series_arguments(parser)
+    parser.add_argument("--fraction", type=float, default=0.25, help="of the training tokens to choose (default 0.25)")
+    parser.add_argument("--out", type=Path, help="write the result here as JSON, and go on from what is there")
+    options = parser.parse_args(arguments)
+    series = load_series(options.preset, options.corpus)
+    try:
+        with one_thread():
+            result = study(series, options.seeds, CHOICES, fraction=options.fraction, out=options.out)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""Continued pretraining of an upcycled model: train it on, and report loss and balance over the whole validation set.
+
+    model (a DecoderLM with experts, or a transformers causal MoE), two token streams, a TrainConfig
+      -> can its routers learn? -> evaluate -> train the chosen parameters -> evaluate -> ContinuedResult
+
+The loop is `training.train` for both kinds of model; a transformers MoE enters it as a `TransformersLM`.
+Shapes: L MoE layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..core.moe import MoELayer
+from ..routing.adapter import TransformersLM, as_decoder_lm, block_size
+from ..routing.gradient import Diagnosis, diagnose_router, expert_weights, router_weights
+from ..routing.hf_routers import find_routers
+from ..routing.load import RoutingEvaluation, evaluate_routing
+from ..tables import render_html, render_text
+from ..text.stream import TokenStream
+from ..training.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from ..training.loop import train
+from ..training.run import TrainResult
+
+PARAMETERS = ("all", "router", "experts")
+
+
+@dataclass(frozen=True)
+class ContinuedResult:
+    """What continued pretraining did; renders as a table of before and after over the whole validation set."""
+
+    before: RoutingEvaluation
+    after: RoutingEvaluation
+    training: TrainResult
+    diagnosis: Diagnosis  # of the routers as they were given
+    parameters: str
+    trained: int  # parameters that were trained,
+    total: int  # of so many
+    block: int  # tokens in a sequence
+
+    def rows(self) -> list[dict]:
+        """One dict a measure, with its values before and after: the rows of the table."""
+        names = {
+            "cross-entropy (nats)": "cross_entropy",
+            "perplexity": "perplexity",
+            "balance B": "balance",
+            "balanced perplexity": "balanced_perplexity",
+        }
+        found = {label: (getattr(self.before, name), getattr(self.after, name)) for label, name in names.items()}
+        for what, name in (("balance loss", "aux_loss_L"), ("B", "balance_L")):
+            pairs = zip(self.after.load.layers, getattr(self.before, name), getattr(self.after, name), strict=True)
+            found |= {f"layer {layer}: {what}": (float(before), float(after)) for layer, before, after in pairs}
+        return [{"": label, "before": f"{a:.4f}", "after": f"{b:.4f}"} for label, (a, b) in found.items()]
+
+    def _notes(self) -> list[str]:
+        last, load = self.training.history[-1], self.after.load
+        notes = [
+            f"trained {self.parameters}: {self.trained:,} of {self.total:,} parameters, {last['step']} updates, "
+            f"{last['tokens']:,} tokens in blocks of {self.block}",
+            f"validation: {load.num_tokens:,} targets, beta {self.after.beta:g}; balance loss and B are 1 where even",
+        ]
+        return notes + ([load.alarm] if load.alarm else [])
+
+    def __str__(self) -> str:
+        return render_text(self.rows(), self._notes())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return render_html(self.rows(), self._notes())
+
+
+def continue_pretraining(
+    model, train_stream: TokenStream, validation_stream: TokenStream, config: TrainConfig, *,
+    parameters: str = "all", block: int | None = None, aux_weight: float | None = None, beta: float = 1.0,
+    directory=None, resume: bool = True, progress: bool = True, callbacks=(), verbose: bool = True,
+) -> ContinuedResult:  # fmt: skip
+    """Train an MoE, a `DecoderLM` or a transformers causal MoE, in place, and leave it in eval mode where it was.
+
+    - config: `TrainConfig(steps, optimizer="adafactor", schedule="inverse_sqrt", …)` or "adamw" and "cosine", batch
+      size, accumulation, precision, checkpoints: see `train`, which does it.
+    - parameters: "all", "router" (with the learned noise of a noisy one), or "experts" (the routed ones). What the
+      caller has frozen stays frozen.
+    - block: tokens in a sequence; by default 256, or the model's context if that is shorter. Training draws blocks at
+      uniformly random positions of the packed stream, so a document's tail is as likely to be seen as its head;
+      evaluation reads the stream from end to end in consecutive blocks, each target once. Nothing is cut off.
+    - aux_weight: of the balance loss; the default is a DecoderLM's own `config.moe.aux_weight`, and 0.01 for a
+      transformers MoE, whose layers are balanced each by itself and differentiably (its own, pooled loss is not used).
+    - beta: weight of the imbalance in the balanced perplexity, exp(CE) * exp(beta * (1 - B)). B, between 0 and 1
+      (even), is the entropy of a layer's load over log E, of choices counted over the whole validation set, averaged
+      over the layers (`metrics.balance_score`).
+    - directory, resume, progress, callbacks, verbose: as in `train`; a callback gets a transformers model as the
+      `TransformersLM` whose `model` it is.
+
+    A transformers model can be saved by its own `save_pretrained` afterwards. A selection bias that it has
+    (`e_score_correction_bias`) stays as it is, unless a callback moves it (`selection_bias`).
+
+    Warns where the loss can never move a router (top-1 with renormalised weights, say). Raises ValueError for a dense
+    model, streams that do not fit the model or share documents, a stream shorter than a block, weights that are not
+    float32; TypeError for what is no model; and what `train` raises.
+    """
+    if parameters not in PARAMETERS:
+        raise ValueError(f"parameters={parameters!r} is unknown; choose one of {', '.join(map(repr, PARAMETERS))}")
+    wrapped = as_decoder_lm(model, block)
+    chosen = _chosen(model, parameters)
+    block = block_size(model, block)
+    _check_weights(chosen, parameters)
+    _check_streams(wrapped, train_stream, validation_stream)
+    tokens_BT, targets_BT = train_stream.random_windows(1, block, seed=config.seed, step=0)
+
+    home = next(model.parameters()).device
+    options = dict(seq_len=block, batch_size=config.eval_batch_size, beta=beta)
+    try:
+        device = _device()
+        model.to(device)
+        diagnosis = diagnose_router(model, tokens_BT.to(device), targets_BT.to(device))
+        _warn_if_stuck(diagnosis, parameters)
+        before = evaluate_routing(wrapped, validation_stream, **options)
+        with _training_only(model, chosen), _balance_weight(wrapped, aux_weight):
+            training = train(
+                wrapped, train_stream, validation_stream, config, seq_len=block, directory=directory, resume=resume,
+                progress=progress, callbacks=callbacks, verbose=verbose,
+            )  # fmt: skip
+        after = evaluate_routing(wrapped, validation_stream, **options)
+    finally:
+        model.to(home)
+    return ContinuedResult(
+        before, after, training, diagnosis, parameters, block=block,
+        trained=sum(weight.numel() for weight in chosen), total=sum(weight.numel() for weight in model.parameters()),
+    )  # fmt: skip
+
+
+def _chosen(model: nn.Module, parameters: str) -> list[nn.Parameter]:
+    """The weights to train: those that `parameters` names, without the ones that are frozen."""
+    routers = find_routers(model)  # ValueError for a dense model
+    if parameters == "all":
+        weights = list(model.parameters())
+    elif parameters == "experts":
+        weights = [weight for router in routers for weight in expert_weights(model, router)]
+    else:
+        weights = [weight for router in routers for weight in router_weights(router)]
+        noises = [r.holder.noise for r in routers if isinstance(r.holder, MoELayer) and r.holder.noise is not None]
+        weights += [weight for noise in noises for weight in noise.parameters()]
+    return [weight for weight in weights if weight.requires_grad]
+
+
+def _check_weights(chosen: list[nn.Parameter], parameters: str) -> None:
+    if not chosen:
+        raise ValueError(f"nothing to train: all of parameters={parameters!r} is frozen (requires_grad=False)")
+    for weight in chosen:
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the weights are {weight.dtype}, in which small updates are rounded away: call model.float() first; "
+                "TrainConfig(precision='bf16') computes in bfloat16 and keeps the weights exact"
+            )
+
+
+def _check_streams(model, train_stream: TokenStream, validation_stream: TokenStream) -> None:
+    for name, stream in (("training", train_stream), ("validation", validation_stream)):
+        if stream.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the {name} stream has a vocabulary of {stream.vocab_size} tokens, the model one of "
+                f"{model.config.vocab_size}: tokenize the text with this model's own tokenizer"
+            )
+    held_out = set(_documents(validation_stream))
+    shared = sum(document in held_out for document in _documents(train_stream))
+    if shared:
+        raise ValueError(
+            f"{shared} documents of the training stream are in the validation stream, too: split by document, as "
+            "load_corpus does, or leave them out of one"
+        )
+
+
+def _documents(stream: TokenStream) -> Iterator[bytes]:
+    ends = np.cumsum(stream.document_lengths)
+    for start, end in zip(ends - stream.document_lengths, ends):
+        yield stream.tokens[start:end].tobytes()
+
+
+def _device() -> torch.device:
+    """Where `train` will compute: this process's accelerator, or the CPU."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available()).device
+
+
+def _warn_if_stuck(diagnosis: Diagnosis, parameters: str) -> None:
+    """Copies that are trained drift apart, and then the loss reaches their router; the causes below do not pass."""
+    if parameters == "experts":
+        return
+    stuck = [
+        layer
+        for layer in diagnosis.layers
+        if layer.silent
+        and layer.num_experts > 1
+        and (layer.tied or parameters == "router" or (layer.top_k == 1 and layer.constant_weight_sum))
+    ]
+    if stuck:
+        findings = "; ".join(Diagnosis(tuple(stuck)).findings)
+        only = " With parameters='router' the experts stay as they are." if parameters == "router" else ""
+        warnings.warn(f"only the balance loss will move these routers: {findings}.{only}", stacklevel=3)
+
+
+@contextmanager
+def _training_only(model: nn.Module, chosen: list[nn.Parameter]):
+    """Freeze all but the chosen weights, and restore what asked for a gradient before."""
+    asked = [weight for weight in model.parameters() if weight.requires_grad]
+    keep = {id(weight) for weight in chosen}
+    try:
+        for weight in asked:
+            weight.requires_grad_(id(weight) in keep)
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _balance_weight(model, aux_weight: float | None):
+    """Train with this weight of the balance loss; a DecoderLM gets its own configuration back."""
+    config = model.config
+    if aux_weight is not None and isinstance(model, TransformersLM):
+        config.moe.aux_weight = aux_weight
+    elif aux_weight is not None:
+        model.config = replace(config, moe=replace(config.moe, aux_weight=aux_weight))
+    try:
+        yield
+    finally:
+        model.config = config
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+EXAMPLE = """\
+example:
+  python -m upcycling ./my-llama ./my-mixtral --experts 8
+  python -m upcycling.continued ./my-mixtral ./trained --corpus stories.jsonl --steps 1000 \\
+      --optimizer adafactor --schedule inverse_sqrt --warmup-steps 100 --learning-rate 1e-3
+
+An interrupted run is continued by the same command."""
+_SETTINGS = (
+    "optimizer", "schedule", "learning_rate", "warmup_steps", "batch_size", "accumulation", "weight_decay",
+    "precision", "eval_every", "checkpoint_every", "seed",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train a folder's transformers MoE on a corpus, write it to another folder, print the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m upcycling.continued",
+        description="Continue the pretraining of a transformers MoE, for instance one made by python -m upcycling.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder with safetensors weights and tokenizer.json")
+    add("out", metavar="OUT", help="the new folder; what an interrupted run needs is kept in OUT/training")
+    add("--corpus", default="worlds", help="file, folder or name, see load_corpus; it is split by document")
+    add("--documents", type=int, metavar="N", help="take the corpus's first N documents only")
+    add("--parameters", choices=PARAMETERS, default="all", help="what to train (default: all)")
+    add("--block", type=int, metavar="T", help="tokens in a sequence (default: 256, or the context if shorter)")
+    add("--aux-weight", type=float, metavar="W", help="of the balance loss of each layer (default: 0.01)")
+    add("--beta", type=float, default=1.0, help="weight of imbalance in the balanced perplexity (default: 1)")
+    add("--steps", type=int, required=True, metavar="N", help="optimizer updates")
+    choices = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS)
+    for name in _SETTINGS:
+        default = 100 if name == "checkpoint_every" else getattr(TrainConfig(steps=1), name)
+        kind = dict(choices=choices[name]) if name in choices else dict(type=type(default), metavar="X")
+        add(f"--{name.replace('_', '-')}", default=default, help=f"see TrainConfig (default: {default})", **kind)
+    options = vars(parser.parse_args(arguments))
+    config = {name: options[name] for name in ("steps", *_SETTINGS)}
+    ours = {name: options[name] for name in ("parameters", "block", "aux_weight", "beta")}
+    try:
+        print(_continue_folder(options["model"], options["out"], options["corpus"], options["documents"], config, ours))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 1
+    print(f"wrote {options['out']}")
+    return 0
+
+
+def _continue_folder(folder, out, corpus, documents, settings: dict, ours: dict) -> ContinuedResult:
+    """Load, tokenize, train, save. The weights are trained in float32 and saved in the dtype that they came in."""
+    from ..text.corpus import load_corpus
+    from ..text.tokenizer import load_tokenizer
+    from .plan import load_dense, read_config
+    from .weight_files import load_tokenizer as load_transformers_tokenizer
+
+    out, config = Path(out), TrainConfig(**settings)
+    if out.resolve() == Path(folder).resolve():
+        raise ValueError(f"{out} is the model's own folder; give a new one")
+    model = load_dense(folder, torch.float32)  # any causal model's folder
+    dtype = read_config(folder).dtype
+    splits = load_corpus(corpus, documents=documents)
+    tokenizer = load_tokenizer(folder)
+    streams = [TokenStream.build(splits[name], tokenizer, out / "training") for name in ("train", "validation")]
+    result = continue_pretraining(model, *streams, config, directory=out / "training", **ours)
+    model.to(dtype or torch.float32).save_pretrained(out)
+    load_transformers_tokenizer(folder).save_pretrained(out)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

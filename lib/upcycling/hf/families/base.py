@@ -1,0 +1,251 @@
+"""The words in which families are described: fields, rules, tensors, target classes."""
+
+from __future__ import annotations
+
+import copy as _copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Refusal(ValueError):
+    """No stock class computes this model; `reason` says why, `nearest` what comes closest (or None)."""
+
+    def __init__(self, reason: str, nearest: str | None = None):
+        super().__init__(reason if nearest is None else f"{reason}; nearest alternative: {nearest}")
+        self.reason, self.nearest = reason, nearest
+
+
+def refuse(reason: str, nearest: str | None = None):
+    raise Refusal(reason, nearest)
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+# What says where a checkpoint comes from, or serves other tasks: no forward pass of a language model reads it.
+INFORMATIONAL = {
+    *("_name_or_path", "name_or_path", "architectures", "model_type", "transformers_version", "auto_map"),
+    *("id2label", "label2id", "problem_type", "is_llama_config", "transformers.js_config", "unsloth_version"),
+    *("chunk_size_feed_forward", "pretraining_tp", "pruned_heads", "_attn_implementation_autoset"),
+}
+# Carried for every family: the same name and meaning in every class.
+COMMON = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "initializer_range", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_attentions"),
+)
+# Carried for most decoder families.
+DECODER = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings"),
+    *("rms_norm_eps", "attention_dropout"),
+)
+_ABSENT = object()
+
+
+class Fields:
+    """A dense configuration whose every field has to be accounted for.
+
+    `fields[name]` reads a field; `carry`, `replace`, `require` and `drop` account for it. A name that the configuration
+    does not have is passed over by all of them. `target` collects the MoE configuration's fields, `account` has one
+    sentence for each source field.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.values: dict[str, Any] = config.to_dict()
+        self.target: dict[str, Any] = {}
+        self.account: dict[str, str] = {}
+        self.drop(*INFORMATIONAL, because="informational")
+        self.require("is_encoder_decoder", False, because="only decoders are known here")
+        if self.values.get("quantization_config") is not None:
+            refuse("quantization_config: its weights are quantised", "load it, call .dequantize(), save it")
+        self.carry(*COMMON)
+
+    def __getitem__(self, name: str):
+        return self.values[name]
+
+    def get(self, name: str, default=None):
+        """The field's value; `default` where it is absent or None."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def carry(self, *names: str) -> None:
+        """The field keeps its name, value and meaning."""
+        for name in names:
+            if name in self.values:
+                self.target[name] = _copy.deepcopy(self.values[name])
+                self.account[name] = "carried"
+
+    def replace(self, name: str, because: str, **target: Any) -> None:
+        """The field becomes the target's fields `target`; the sentence says how."""
+        self.target.update(target)
+        if name in self.values:
+            self.account[name] = because
+
+    def require(self, name: str, *allowed: Any, because: str, nearest: str | None = None) -> None:
+        """The field must be one of `allowed` (the first is the usual one), else the model is refused."""
+        if name not in self.values:
+            return
+        if self.values[name] not in allowed:
+            refuse(f"{name}={self.values[name]!r} cannot be kept: {because}", nearest)
+        self.account[name] = f"is {self.values[name]!r}, as it has to be"
+
+    def drop(self, *names: str, because: str) -> None:
+        """The field does not change what the model computes."""
+        for name in names:
+            if name in self.values:
+                self.account[name] = f"left out: {because}"
+
+    def set(self, **target: Any) -> None:
+        """Fields of the target that the dense model does not have."""
+        self.target.update(target)
+
+    def rope(self, *, layer_types: tuple[str, ...] = ()) -> None:
+        """Carry `rope_parameters` with its theta (the target's default is another); once per layer type if given."""
+        rope = _copy.deepcopy(self.values["rope_parameters"])
+        if rope.get("partial_rotary_factor") not in (None, 1):
+            refuse(
+                f"rope_parameters: partial_rotary_factor={rope['partial_rotary_factor']} is not a field of this family"
+            )
+        rope.pop("partial_rotary_factor", None)
+        self.target["rope_parameters"] = {kind: _copy.deepcopy(rope) for kind in layer_types} if layer_types else rope
+        self.account["rope_parameters"] = "carried, for each layer type" if layer_types else "carried"
+
+    def finish(self) -> None:
+        """Every field is accounted for, or absent, or at its class's default; else Refusal, naming it."""
+        defaults = type(self.config)().to_dict()
+        for name, value in self.values.items():
+            if name not in self.account:
+                if value is not None and defaults.get(name, _ABSENT) != value:
+                    refuse(
+                        f"the field {name}={value!r} is not known for {type(self.config).__name__} and could change it",
+                        "take it out of config.json if it does not",
+                    )
+                self.account[name] = "left out: at its default"
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one target tensor is made: from these source tensors (names with {layer}), by this function of them."""
+
+    kind: (
+        str  # "kept": outside the experts · "expert": one expert's own · "experts": stacked over all · "router" · "new"
+    )
+    sources: tuple[str, ...] = ()
+    transform: Callable[..., Tensor] | None = None  # of the sources, in order; None: the one source as it is
+    value: float = 0.0  # of a "new" tensor
+
+
+def kept(*sources: str, transform=None) -> Rule:
+    return Rule("kept", sources, transform)
+
+
+def expert(*sources: str, transform=None) -> Rule:
+    """One expert's tensor, (…): a copy of the dense one (plus noise with init="noise")."""
+    return Rule("expert", sources, transform)
+
+
+def experts(*sources: str, transform=None) -> Rule:
+    """All experts' tensors in one, (E, …): copies of the dense one (plus noise with init="noise")."""
+    return Rule("experts", sources, transform)
+
+
+def router() -> Rule:
+    """Rows N(0, router_std)."""
+    return Rule("router")
+
+
+def filled(value: float = 0.0) -> Rule:
+    return Rule("new", value=value)
+
+
+def rows(*tensors: Tensor) -> Tensor:
+    """The tensors, one below the other: [gate; up]."""
+    return torch.cat(tensors)
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """How what is new is drawn: each tensor from a stream of its own, so that the order does not matter."""
+
+    num_experts: int
+    router_std: float = 0.02
+    init: str = "copy"
+    noise: float = 0.0  # standard deviation, in units of the dense tensor's own
+    seed: int = 0
+
+    def normal(self, name: str, shape) -> Tensor:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randn(tuple(shape), generator=generator)
+
+
+@dataclass(frozen=True)
+class TargetTensor:
+    """One tensor of the MoE: `make(*sources)` with the source tensors named in `sources` gives it."""
+
+    name: str  # as save_pretrained writes it
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]  # names of dense tensors; () for a new one
+    kind: str
+    layer: int | None
+    rule: Rule = field(repr=False)
+    how: Initialisation = field(repr=False)
+
+    @torch.no_grad()
+    def make(self, *sources: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, in `dtype` (default: the source's own; float32 for a new one). ValueError on a wrong shape."""
+        if self.kind == "router":
+            made = self.how.router_std * self.how.normal(self.name, self.shape)
+        elif self.kind == "new":
+            made = torch.full(self.shape, self.rule.value)
+        else:
+            made = sources[0] if self.rule.transform is None else self.rule.transform(*sources)
+            if self.kind == "experts":
+                made = made.expand(self.how.num_experts, *made.shape)
+            if self.kind in ("expert", "experts") and self.how.init == "noise":
+                std = self.how.noise * sources[0].float().std()
+                made = (made.float() + std * self.how.normal(self.name, made.shape).to(made.device)).to(made.dtype)
+        if tuple(made.shape) != self.shape:
+            raise ValueError(
+                f"{self.name} must have the shape {self.shape}, but {', '.join(self.sources)} gives {tuple(made.shape)}"
+            )
+        return made.to(dtype or made.dtype).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class MoEClass:
+    """A stock class: its names, what must always be set, and who reads it how (from reading their sources, not run)."""
+
+    name: str  # XForCausalLM
+    tensors: Mapping[str, Rule]
+    expert_width: str = "intermediate_size"  # the field with the experts' FFN width
+    top_k: str = "num_experts_per_tok"  # the field with the number of experts per token
+    fewest_experts: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    # How some layers stay dense: "mlp_only_layers" (indices), "mlp_layer_types" ("dense" or "sparse"), or not at all.
+    dense_layers: str | None = None
+    read_by_getattr: tuple[str, ...] = ()  # fields that the class uses although its configuration does not declare them
+    balance_loss: bool = True  # does the class add one to its loss?
+    engines: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rule returns: `tensors` overrides the class's; equal up to `exact_up_to` tokens (None: any number)."""
+
+    moe: MoEClass
+    tensors: Mapping[str, Rule] = field(default_factory=dict)
+    exact_up_to: int | None = None
+    notes: tuple[str, ...] = ()
+    engines: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,143 @@
+"""What is in a model's folder, and do its routers work? Parameters, router, settings, receipt, a collapse check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..routing.hf_routers import find_routers
+from ..routing.load import LoadReport, load_report
+from ..routing.record import record_routing
+from .convert import RECEIPT, in_bytes
+from .plan import read_config
+from .receipt import SETTINGS
+from .weight_files import WeightFiles, _quiet, load_tokenizer, naming, on_one_line, open_source, read_json
+
+# Shown to a model when no text is given: a few kinds of text, so that a router has something to tell apart.
+DEFAULT_TEXT = (
+    "Once upon a time there was a little girl who loved to play outside. One day she found a shiny red ball. "
+    '"Whose ball is this?" she asked. Her brother laughed and said that it was his, but that she could keep it.\n'
+    "def mean(values):\n    return sum(values) / len(values) if values else 0.0\n"
+    "The capital of France is Paris; about 2,100,000 people live there. 12 + 30 = 42, and 7 * 8 = 56.\n"
+    "Water boils at 100 degrees Celsius at sea level, and at a lower temperature on a mountain, because the pressure "
+    "of the air falls with the height. That is why rice takes longer to cook in a hut than at the coast.\n"
+)
+WINDOW = 512  # tokens that are routed at once
+
+
+def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = None) -> Iterator[str]:
+    """Yield, in sentences, what `python -m upcycling inspect` prints about an MoE's folder or hub name.
+
+    The collapse check routes `ids`, or `text` (a few sentences of several kinds by default). Raises FileNotFoundError
+    for a folder without weights; ValueError for a dense model, for a configuration or weights that do not fit, for
+    empty text, text without a tokenizer, and ids that the vocabulary does not have.
+    """
+    if text is not None and not text.strip():
+        raise ValueError("the text to route is empty; give some, or leave it out for a few built-in sentences")
+    folder = open_source(folder)
+    files = WeightFiles(folder)
+    with naming(folder / "config.json"):
+        config = read_config(folder)
+        model = _empty_model(config)
+    yield f"class       {on_one_line(type(model).__name__)}"
+    router = find_routers(model)[0].holder
+    experts, top_k = _experts(config, files), router.top_k
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"{folder / 'config.json'} asks for the top {top_k} of {experts} experts; choose 1..{experts}")
+    total = sum(map(math.prod, files.shapes.values()))
+    in_experts = sum(math.prod(files.shapes[name]) for name in files.names if _of_experts(name, files, experts))
+    active = total - in_experts + in_experts * top_k // experts
+    yield f"parameters  {total:,}, {active:,} of them active per token"
+    yield f"router      {type(router).__name__}, top-{top_k} of {experts} experts"
+    settings = config.get_text_config().to_dict()
+    shown = [f"{name}={settings[name]!r}" for name in SETTINGS if settings.get(name) is not None]
+    yield f"settings    {on_one_line(', '.join(shown))}"
+    yield f"receipt     {on_one_line(_receipt(folder))}"
+
+    size = sum(path.stat().st_size for path in files.files)
+    available = _available_memory()
+    if size > available:
+        yield f"routing not checked: the model takes {in_bytes(size)}, and {in_bytes(available)} of memory is free"
+        return
+    if ids is None:
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is None and text is not None:
+            raise ValueError(f"{folder} has no tokenizer, so it cannot read text; give token ids with --ids 5,17,3")
+        if tokenizer is None:
+            yield "routing not checked: the folder has no tokenizer; give token ids with --ids 5,17,3"
+            return
+        with naming("the text"):  # such as half a surrogate pair, which some terminals give
+            ids = tokenizer(DEFAULT_TEXT if text is None else text)["input_ids"]
+    yield str(collapse_check(folder, config, ids))
+
+
+def collapse_check(folder, config, ids: list[int]) -> LoadReport:
+    """Route token ids, in windows, and report the load of every layer.
+
+    Raises ValueError for unknown ids, and for weights that do not fit the configuration: transformers would put random
+    numbers where some are missing, and what such routers do says nothing.
+    """
+    import transformers
+
+    vocab = config.get_text_config().vocab_size
+    outside = [i for i in ids if not 0 <= i < vocab]
+    if outside or not ids:
+        raise ValueError(
+            f"token id {outside[0]} is not in 0..{vocab - 1}" if outside else "there are no tokens to route"
+        )
+    with _quiet(), naming(folder):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    for kind in ("missing", "mismatched", "unexpected"):
+        for found in sorted(report[f"{kind}_keys"], key=str):
+            name = found if isinstance(found, str) else found[0]
+            raise ValueError(f"{name} is {kind} in the weights of {folder}, by its config.json; download it again")
+    model.eval()
+    window = min(WINDOW, getattr(config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    with record_routing(model) as trace, torch.no_grad():
+        for start in range(0, len(ids), window):
+            model(torch.tensor([ids[start : start + window]]), use_cache=False)
+        return load_report(trace)
+
+
+def _empty_model(config):
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _experts(config, files: WeightFiles) -> int:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(config.get_text_config(), name, None):
+            return getattr(config.get_text_config(), name)
+    raise ValueError(f"{files.folder} does not say how many experts its model has; is it an MoE?")
+
+
+def _of_experts(name: str, files: WeightFiles, experts: int) -> bool:
+    """One expert's tensor, or all experts' stacked."""
+    stacked = len(files.shapes[name]) == 3 and files.shapes[name][0] == experts
+    return ".experts." in name or stacked
+
+
+def _receipt(folder) -> str:
+    try:
+        receipt = read_json(folder / RECEIPT)
+        if not receipt["verified"]:
+            return f"made from {receipt['base_model']}, not verified"
+        verdict = "the same function" if receipt["passed"] else "NOT the same function"
+        found = f"max |Δlogit| {float(receipt['max_abs_diff']):.1e}, tolerance {receipt['tolerance']:.1e}"
+        return f"made from {receipt['base_model']}: {verdict}, {found}"
+    except FileNotFoundError:
+        return "none: the folder was not made by this program"
+    except (ValueError, KeyError, TypeError):
+        return f"{RECEIPT} cannot be read"
+
+
+def _available_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,290 @@
+"""Does an MoE give the logits of the dense transformers model it was made from? `verify` compares: a receipt."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import html
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.equivalence import TOLERANCE
+from ..routing.hf_routers import check_model
+
+SENTENCES = (
+    "Once upon a time, there was a little girl who lived in a small house near the forest.",
+    "The river runs 120 km from the mountains to the sea; nobody has ever measured it twice.",
+    "def add(a, b):\n    return a + b\n",
+    "What do you think: is it better to be early, or to be right?",
+)
+SETTINGS = (
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
+    *("intermediate_size", "mlp_only_layers", "mlp_layer_types", "rope_parameters", "head_dim", "sliding_window"),
+    *(
+        "layer_types",
+        "max_position_embeddings",
+        "attention_bias",
+        "tie_word_embeddings",
+        "output_router_logits",
+        "dtype",
+    ),
+)
+_VERSIONS = ("torch", "transformers", "safetensors", "tokenizers", "upcycling")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What `verify` found; prints as a table. Differences are max |Δlogit| over all real tokens, in float32."""
+
+    source: str
+    target: str
+    max_abs_diff: float
+    tolerance: float
+    checks: Mapping[str, float]  # comparison -> its largest difference
+    greedy_equal: (
+        bool | None
+    )  # the same greedily generated tokens (two candidates within the tolerance may swap); None: not tried
+    greedy: str  # what was generated, as text where there is a tokenizer
+    probe: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    passed: bool = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(
+            self, "passed", self.max_abs_diff <= self.tolerance and self.greedy_equal is not False
+        )  # a NaN fails
+
+    def to_json(self) -> str:
+        """The receipt as JSON, a NaN as a string."""
+        values = asdict(self)
+        values["max_abs_diff"] = _json_number(self.max_abs_diff)
+        values["checks"] = {name: _json_number(value) for name, value in self.checks.items()}
+        return json.dumps(values, indent=2, default=str) + "\n"
+
+    def to_markdown(self) -> str:
+        """The receipt as a section of a model card."""
+        rows = "".join(f"| {name} | {value:.1e} |\n" for name, value in self.checks.items())
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"## Equality with the dense model\n\n{self._verdict()}\n\n"
+            f"| comparison | max \\|Δlogit\\| |\n|---|---|\n{rows}\n"
+            f"Greedy generation {self._greedy_verdict()}. Probe: {self.probe}. {versions}.\n"
+            + "".join(f"\n- {note}" for note in self.notes)
+        )
+
+    def _verdict(self) -> str:
+        verdict = "the same function" if self.passed else "NOT the same function"
+        size = f"max |Δlogit| {self.max_abs_diff:.1e}, tolerance {self.tolerance:.1e}"
+        return f"{self.source} and {self.target}: {verdict}, {size}"
+
+    def _greedy_verdict(self) -> str:
+        return {True: "equal", False: "NOT equal", None: "not tried"}[self.greedy_equal]
+
+    def __str__(self) -> str:
+        lines = [self._verdict()] + [f"  {name:14} {value:.1e}" for name, value in self.checks.items()]
+        lines += [
+            f"  {'greedy':14} {self._greedy_verdict()}: {self.greedy!r}",
+            f"  probe: {self.probe}",
+        ]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def _repr_html_(self) -> str:
+        colour = "#00693e" if self.passed else "#a4001d"
+        rows = "".join(f"<tr><td>{name}</td><td>{value:.1e}</td></tr>" for name, value in self.checks.items())
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in (self.probe, *self.notes))
+        greedy = f"greedy generation {self._greedy_verdict()}: {html.escape(repr(self.greedy))}"
+        return (
+            f"<b style='color:{colour}'>{html.escape(self._verdict())}</b>"
+            f"<table><tr><th>comparison</th><th>max |Δlogit|</th></tr>{rows}</table>{greedy}<ul>{notes}</ul>"
+        )
+
+
+def _json_number(value: float):
+    return value if value == value and abs(value) != float("inf") else str(value)
+
+
+@torch.no_grad()
+def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Receipt:
+    """Compare a dense transformers model with its MoE in float32: logits and greedy generation.
+
+    On random ids (2 sequences of `length` tokens, fewer where the models take fewer), on real text where there is a
+    `tokenizer`, on that batch padded right and left with an attention mask, and with the cache, token by token. The
+    tolerance is 1e-5, times the largest logit where that exceeds 1. Both models are put into evaluation mode and back.
+    Raises TypeError for what is not a transformers model, ValueError for models without weights (on the meta device)
+    or of different vocabularies, and for a tokenizer with ids that they do not have.
+    """
+    check_model(dense, "verify")
+    check_model(moe, "verify")
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (dense, moe)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the vocabularies differ, {sizes[0]} tokens and {sizes[1]}: not one model's dense and MoE form"
+        )
+    dense, moe = _float32(dense), _float32(moe)
+    use_eager_if_needed(moe)
+    modes = [(model, model.training) for model in (dense, moe)]
+    notes, vocab = [], sizes[0]
+    limits = [
+        getattr(model.config.get_text_config(), "max_position_embeddings", None) or length for model in (dense, moe)
+    ]
+    length = max(4, min(length, *limits))
+    generator = torch.Generator().manual_seed(seed)
+    random_BT = torch.randint(vocab, (2, length), generator=generator)
+    sequences = [random_BT[0].tolist(), random_BT[1, : length - length // 3].tolist()]
+    probe = f"2 sequences of {length} random ids (seed {seed})"
+    if tokenizer is not None:
+        text = [tokenizer(sentence)["input_ids"][:length] for sentence in SENTENCES]
+        if (largest_id := max((max(ids, default=0) for ids in text), default=0)) >= vocab:
+            raise ValueError(f"the tokenizer gives id {largest_id} but the models have {vocab} tokens; give their own")
+        sequences = text
+        probe += f", {len(text)} texts of {', '.join(str(len(ids)) for ids in text)} tokens"
+    window = getattr(dense.config.get_text_config(), "sliding_window", None)
+    if window and window >= length:
+        notes.append(f"the probe is shorter than the sliding window of {window}: what lies beyond was not compared")
+    buffers = dict(moe.named_buffers())
+    for name, buffer in dense.named_buffers():
+        if name in buffers and not torch.equal(buffer, buffers[name].to(buffer)):
+            notes.append(
+                f"{name} differs: the rope_parameters are not the same, or a model was cast after loading "
+                "(from_pretrained(…, dtype=…) keeps such tables)"
+            )
+            break
+    try:
+        for model in (dense, moe):
+            model.eval()
+        largest, checks = 0.0, {}
+
+        def compare(name, run, keep=None):
+            nonlocal largest
+            a, b = run(dense).cpu().double(), run(moe).cpu().double()
+            if keep is not None:
+                a, b = a[keep], b[keep]
+            largest = _worst([largest, float(a.abs().max())])
+            checks[name] = float((a - b).abs().max())
+
+        compare("random ids", lambda model: _logits(model, random_BT))
+        if tokenizer is not None:
+            for i, ids in enumerate(sequences):
+                compare(f"text {i}", lambda model, ids=ids: _logits(model, torch.tensor([ids])))
+            checks["real text"] = _worst([checks.pop(f"text {i}") for i in range(len(sequences))])
+        for side in ("right", "left"):
+            ids_BT, mask_BT = _pad(sequences, side)
+            compare(f"padded {side}", lambda model, x=ids_BT, m=mask_BT: _logits(model, x, m), mask_BT.bool())
+        compare("with cache", lambda model: _cached_logits(model, random_BT))
+        if not math.isfinite(largest):
+            notes.append("the dense model's own logits are not finite (NaN or infinity): nothing can be equal to them")
+        tolerance = TOLERANCE[torch.float32] * max(1.0, largest)
+        ids_BT, mask_BT = _pad([ids[: max(1, length // 2)] for ids in sequences], "left")
+        new = min(16, length - ids_BT.shape[1])
+        a, b = (_greedy(model, ids_BT, mask_BT, new) for model in (dense, moe))
+        equal = torch.equal(a, b) or _only_ties(dense, a, b, ids_BT.shape[1], mask_BT, tolerance)
+        generated = a[0, ids_BT.shape[1] :].tolist()
+        greedy = tokenizer.decode(generated) if tokenizer is not None else " ".join(map(str, generated))
+    finally:
+        for model, mode in modes:
+            model.train(mode)
+    settings = moe.config.get_text_config().to_dict()
+    return Receipt(
+        type(dense).__name__, type(moe).__name__, _worst(list(checks.values())), tolerance, checks, equal, greedy,
+        probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(), tuple(notes),
+    )  # fmt: skip
+
+
+def _worst(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).max())  # unlike Python's max, it lets a NaN through
+
+
+def fits_grouped_mm(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Are an expert weight's rows multiples of 16 bytes? torch's grouped product (transformers' default) needs that."""
+    return shape[-1] * dtype.itemsize % 16 == 0
+
+
+def use_eager_if_needed(moe) -> None:
+    """Switch a model whose widths torch's grouped product does not take to transformers' loop over experts."""
+    if not all(fits_grouped_mm(p.shape, p.dtype) for p in moe.parameters() if p.ndim == 3):
+        with contextlib.suppress(ValueError):  # Llama4 has one implementation only, which takes any width
+            moe.set_experts_implementation("eager")
+
+
+def _float32(model):
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
+
+
+def _router_off(model) -> dict:
+    # With the balance loss on, a cached step and its longer attention mask do not fit together in transformers 5.23.
+    return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+
+
+def _logits(model, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    mask_BT = None if mask_BT is None else mask_BT.to(model.device)
+    options = dict(use_cache=False, return_dict=True, **_router_off(model))
+    return model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT, **options).logits
+
+
+def _cached_logits(model, ids_BT: Tensor) -> Tensor:
+    """Logits of the sequence's second half, computed token by token after the first."""
+    ids_BT = ids_BT.to(model.device)
+    half = ids_BT.shape[1] // 2
+    options = dict(use_cache=True, return_dict=True, **_router_off(model))
+    out = model(input_ids=ids_BT[:, :half], **options)
+    steps = [out.logits]
+    for t in range(half, ids_BT.shape[1]):
+        out = model(input_ids=ids_BT[:, t : t + 1], past_key_values=out.past_key_values, **options)
+        steps.append(out.logits)
+    return torch.cat(steps, dim=1)
+
+
+def _pad(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) of sequences padded with id 0 on one side."""
+    longest = max(map(len, sequences))
+    ids_BT = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, ids in enumerate(sequences):
+        where = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
+        ids_BT[row, where], mask_BT[row, where] = torch.tensor(ids), 1
+    return ids_BT, mask_BT
+
+
+def _greedy(model, ids_BT: Tensor, mask_BT: Tensor, new: int) -> Tensor:
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, use_cache=True)
+    return model.generate(
+        ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=plain, **_router_off(model),
+    ).cpu()  # fmt: skip
+
+
+def _only_ties(dense, a_BT: Tensor, b_BT: Tensor, start: int, mask_BT: Tensor, tolerance: float) -> bool:
+    """Where two generations part, did the dense model have two candidates within rounding of each other?"""
+    for row in range(len(a_BT)):
+        parted = (a_BT[row] != b_BT[row]).nonzero()
+        if len(parted):
+            t = int(parted[0])
+            mask = torch.cat([mask_BT[row], torch.ones(t - start, dtype=torch.long)])[None]
+            logits_V = _logits(dense, a_BT[row : row + 1, :t], mask)[0, -1]
+            if not abs(float(logits_V[a_BT[row, t]] - logits_V[b_BT[row, t]])) <= 2 * tolerance:
+                return False
+    return True
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # the library run from its folder
+            continue
+    return found

@@ -1,0 +1,102 @@
+"""How tensors are dealt out to weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .families.base import TargetTensor
+from .weight_files import CODES, WeightFiles
+
+MAX_SHARD_SIZE = 2 * 10**9  # bytes; transformers loads several files no slower than one
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that will be written: how it is made, and its type in the file."""
+
+    tensor: TargetTensor
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.tensor.shape) * self.dtype.itemsize
+
+    def make(self, source: WeightFiles) -> Tensor:
+        # First the type, then the arithmetic, as when a model of this type is upcycled in memory.
+        return self.tensor.make(*(source[name].to(self.dtype) for name in self.tensor.sources), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file that will be written: its name and its entries, in the file's order."""
+
+    file: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's beginning: the header's length, then names, types, shapes and places of all tensors, as JSON."""
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for entry in self.entries:
+            begin, end = end, end + entry.bytes
+            header[entry.name] = {
+                "dtype": CODES[entry.dtype], "shape": list(entry.tensor.shape), "data_offsets": [begin, end]
+            }  # fmt: skip
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + sum(entry.bytes for entry in self.entries)
+
+    def write(self, folder: Path, source: WeightFiles, bar) -> str:
+        """Write the file, holding one tensor at a time, and return its SHA-256.
+
+        The safetensors format allows that: a header with every tensor's place, then their bytes in that order. The
+        file has another name until it is complete and flushed to the disk. Raises OSError.
+        """
+        path = folder / self.file
+        temporary = path.with_name(path.name + ".tmp")
+        digest = hashlib.sha256(self.header)
+        with open(temporary, "wb") as file:
+            file.write(self.header)
+            bar.update(len(self.header))
+            for entry in self.entries:
+                data = entry.make(source).reshape(-1).view(torch.uint8).numpy()
+                file.write(data)
+                digest.update(data)
+                bar.update(data.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return digest.hexdigest()
+
+
+def plan_shards(entries: list[Entry], max_shard_size: int) -> tuple[Shard, ...]:
+    """Distribute tensors, in order, over files of at most `max_shard_size` bytes (a larger tensor gets its own)."""
+    groups, size = [[]], 0
+    for entry in entries:
+        if groups[-1] and size + entry.bytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.bytes
+    # Wide types first, as safetensors writes them: then every tensor begins at a multiple of its element size.
+    groups = [tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize)) for group in groups]
+    if len(groups) == 1:
+        return (Shard("model.safetensors", groups[0]),)
+    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1))

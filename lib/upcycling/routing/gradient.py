@@ -1,0 +1,184 @@
+"""Does the gradient reach the router? Its norm, layer by layer, beside that of the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import IGNORE
+from ..core.moe import MoELayer
+from ..tables import render_html, render_text
+from .hf_routers import Router, find_routers
+from .record import record_routing
+
+# ------------------------------------------------------------------------------------------- the router's gradient
+
+SILENT = 1e-5
+"""A router gradient below this fraction of its experts' gradient is rounding: where it is 0 by construction, 3e-8 was
+measured in float32 and in bfloat16; where the router learns, 0.02 and more."""
+
+
+@dataclass(frozen=True)
+class RouterDiagnosis:
+    """What `diagnose_router` found in one layer; gradients are norms of the cross-entropy's, without a balance loss."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    router_gradient: float
+    expert_gradient: float
+    tied: bool  # all rows of the router are equal: every token sees a tie
+    experts_identical: bool
+    constant_weight_sum: bool  # a token's combine weights add up to the same number, whatever was chosen
+    frozen: bool  # the router's weights do not ask for a gradient
+    experts_used: int  # experts that got at least one of these tokens
+
+    @property
+    def silent(self) -> bool:
+        """Whether the cross-entropy leaves the router where it is."""
+        return self.router_gradient <= SILENT * self.expert_gradient
+
+    @property
+    def finding(self) -> str:
+        """What holds in this layer, what follows from it and what to do, in plain words."""
+        if self.num_experts == 1:
+            return "there is only one expert, so there is nothing to learn"
+        causes = []
+        if self.frozen:
+            causes.append("the router is frozen (requires_grad=False), so nothing moves it")
+        if self.top_k == 1 and self.constant_weight_sum and self.silent:
+            causes.append(
+                "top-1 with renormalised weights: the weight is always 1, so the loss gives the router no gradient, "
+                "now or ever: use top_k of 2 or more, or do not renormalise"
+            )
+        if self.tied:
+            causes.append(
+                "all rows of the router are equal (a zero router?), so every token sees a tie and goes to the same "
+                f"{self.top_k} of {self.num_experts} experts with equal weights: copies stay copies and the other "
+                "experts never learn: draw the router from N(0, 0.02)"
+            )
+        if causes:
+            return "; ".join(causes)
+        if self.experts_identical and self.silent:
+            return (
+                "the experts are identical and the weights renormalised, so it makes no difference which are chosen "
+                "and the gradient is 0: right after copying that is as it should be, and it ends as the experts drift "
+                "apart on different tokens (noise on the experts ends it at once)"
+            )
+        if self.experts_identical:
+            return (
+                "the experts are identical and the weights not renormalised: the gradient only says how large the "
+                "output should be, not which expert to choose"
+            )
+        if self.silent:
+            return "the gradient is 0 to rounding although the experts differ: do they compute the same?"
+        return "the loss reaches the router"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A RouterDiagnosis per MoE layer; renders as a table with the findings below."""
+
+    layers: tuple[RouterDiagnosis, ...]
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether the cross-entropy moves the router of every layer."""
+        return not any(layer.silent for layer in self.layers)
+
+    def rows(self) -> list[dict]:
+        """One dict a layer: the columns of the table."""
+        return [
+            {
+                "layer": found.layer,
+                "router gradient": f"{found.router_gradient:.1e}",
+                "experts' gradient": f"{found.expert_gradient:.1e}",
+                "tied": found.tied,
+                "identical experts": found.experts_identical,
+                "constant weight sum": found.constant_weight_sum,
+                "experts used": f"{found.experts_used} of {found.num_experts}",
+            }
+            for found in self.layers
+        ]
+
+    @property
+    def findings(self) -> list[str]:
+        """The sentences, those that hold in several layers once."""
+        layers_of: dict[str, list[str]] = {}
+        for found in self.layers:
+            layers_of.setdefault(found.finding, []).append(str(found.layer))
+        return [
+            f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}: {finding}"
+            for finding, layers in layers_of.items()
+        ]
+
+    def __str__(self) -> str:
+        return render_text(self.rows(), self.findings)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return render_html(self.rows(), self.findings)
+
+
+def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> Diagnosis:
+    """What the cross-entropy of this batch tells each router, and if it tells it nothing, why.
+
+    For a `DecoderLM` or a transformers MoE. `targets_BT[b, t]` follows `tokens_BT[b, t]`; IGNORE (-100) is not
+    counted. In eval mode, on the cross-entropy alone: a balance loss moves even a router that learns nothing.
+    Weights, their `.grad` and the training mode are left as they were. Raises ValueError for a dense model.
+    """
+    routers, was_training = find_routers(model), model.training
+    model.eval()
+    try:
+        with torch.enable_grad(), record_routing(model) as trace:
+            out = model(tokens_BT)
+            logits_BTV = out.logits_BTV if hasattr(out, "logits_BTV") else out.logits
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
+        weights = [weight for router in routers for weight in router_weights(router) + expert_weights(model, router)]
+        wanted = [weight for weight in weights if weight.requires_grad]
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+    finally:
+        model.train(was_training)
+    gradient_of = {id(weight): gradient for weight, gradient in zip(wanted, gradients) if gradient is not None}
+    return Diagnosis(tuple(_diagnose(model, router, i, trace, gradient_of) for i, router in enumerate(routers)))
+
+
+def _diagnose(model, router: Router, i: int, trace, gradient_of: dict) -> RouterDiagnosis:
+    of_router, of_experts = router_weights(router), expert_weights(model, router)
+    num_experts = trace.num_experts
+    rows_EX = torch.cat([weight.detach().reshape(num_experts, -1) for weight in of_router], dim=1)
+    sums_N = trace.weights[i].sum(-1)
+    rounding = max(1e-5, 2 * torch.finfo(of_router[0].dtype).eps)
+    return RouterDiagnosis(
+        layer=router.layer,
+        num_experts=num_experts,
+        top_k=trace.top_k,
+        router_gradient=_norm(of_router, gradient_of),
+        expert_gradient=_norm(of_experts, gradient_of),
+        tied=bool((rows_EX == rows_EX[0]).all()),
+        experts_identical=all(bool((weight == weight[0]).all()) for weight in of_experts),
+        constant_weight_sum=float(sums_N.max() - sums_N.min()) <= rounding * float(sums_N.mean()),
+        frozen=not any(weight.requires_grad for weight in of_router),
+        experts_used=len(trace.expert_ids[i].unique()),
+    )
+
+
+def router_weights(router: Router) -> list[nn.Parameter]:
+    """The weights that turn a token into the router's logits."""
+    return list(router.module.parameters())
+
+
+def expert_weights(model: nn.Module, router: Router) -> list[nn.Parameter]:
+    """The stacked weights of the router's experts, each with E in front; shared experts are not among them."""
+    in_decoder_lm = isinstance(router.holder, MoELayer)
+    layer = router.holder if in_decoder_lm else model.get_submodule(router.name.rpartition(".")[0])
+    return list(layer.experts.parameters())
+
+
+def _norm(weights: list[nn.Parameter], gradient_of: dict) -> float:
+    """The norm of the weights' gradients together, 0 where there is none."""
+    return sum(float(gradient_of[id(w)].float().square().sum()) for w in weights if id(w) in gradient_of) ** 0.5

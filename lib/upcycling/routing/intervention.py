@@ -1,0 +1,306 @@
+"""What if this expert were gone? Change a router's choice for a while, without touching a weight, and read the losses.
+
+    with intervene(model, remove={2: [5]}):          # without expert 5 of layer 2; the next best take over
+        losses_BT = token_losses(model, tokens_BT, targets_BT)
+    table = knockout(model, windows_by_domain)       # remove each expert in turn: what does it cost which domain?
+
+Shapes: B windows, T tokens of a window, L MoE layers, E experts, C domains, W windows of all domains together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import IGNORE, whole_number
+from ..core.model import DecoderLM, LMOutput
+from ..core.moe import MoELayer
+from .hf_routers import Router, find_routers
+
+_ROWS = 16  # windows per forward pass: their logits are what needs memory
+Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
+
+
+class _Rerouting:
+    """A forward hook of a router: the model's own rule on logits / temperature, with -inf where an expert is barred.
+
+    In a DecoderLM the output is the logits; in transformers it is (logits, weights, expert ids).
+    """
+
+    def __init__(self, router: Router, allowed_E: Tensor, temperature: float):
+        self.router, self.allowed_E, self.temperature = router, allowed_E, temperature
+
+    def __call__(self, module, inputs, output):
+        logits_NE = self.router.logits(output)
+        allowed_E = self.allowed_E.to(logits_NE.device)
+        changed = self.router.rerouted(output, (logits_NE / self.temperature).masked_fill(~allowed_E, -torch.inf))
+        if isinstance(changed, tuple) and not allowed_E[changed[2]].all():
+            raise ValueError(
+                f"in layer {self.router.layer} a token's best groups of experts hold fewer than "
+                f"top_k={self.router.holder.top_k} of those that remain; leave more experts of each group in"
+            )
+        return changed
+
+
+@contextmanager
+def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: int | None = None, temperature=1.0):
+    """Inside this context the routers choose otherwise; every weight stays, and all is as before on the way out.
+
+    `remove` takes experts out of the choice, `force` leaves only those: {layer: [experts]}, or [experts] for every MoE
+    layer (layers count blocks from 0, dense ones too). A removed expert's logit becomes -inf before the softmax, so
+    the next best take over and the model's own rule makes the combine weights of what is left. `top_k` experts
+    compute each token; `temperature` divides the logits, which above 1 makes the weights more alike. Contexts nest:
+    what an outer one removed stays removed, temperatures multiply, the inner `top_k` holds.
+    `model` is a DecoderLM or a transformers MoE that `record_routing` knows.
+
+    Raises ValueError for a dense or compiled model, a layer or an expert that does not exist, a choice that leaves
+    fewer than `top_k` experts, a `top_k` or `temperature` out of range, and a routing rule that would not heed it.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__} is compiled, and compiled code may leave out hooks; intervene in the "
+                "model that is not compiled, and call that"
+            )
+    routers = {router.layer: router for router in find_routers(model)}
+    _refuse_deaf_rules(routers, top_k, remove is not None or force is not None or temperature != 1)
+    removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
+    changes = []
+    for layer, router in routers.items():
+        num_experts = _num_experts(router)
+        if top_k is not None:
+            top_k = whole_number("top_k", top_k)
+        if top_k is not None and not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
+        chosen = router.holder.top_k if top_k is None else top_k
+        allowed_E = torch.full((num_experts,), layer not in forced)
+        allowed_E[forced.get(layer, [])] = True
+        allowed_E[removed.get(layer, [])] = False
+        for outer in router.module._forward_hooks.values():
+            if isinstance(outer, _Rerouting):
+                allowed_E &= outer.allowed_E
+        remaining = int(allowed_E.sum())
+        if remaining < chosen:
+            raise ValueError(
+                f"of the {num_experts} experts of layer {layer} only {remaining} would remain, but each token needs "
+                f"top_k={chosen}; leave more of them in or choose top_k={max(remaining, 1)}"
+            )
+        changes.append((router, chosen, allowed_E))
+
+    with ExitStack() as undo:
+        for router, chosen, allowed_E in changes:
+            undo.callback(setattr, router.holder, "top_k", router.holder.top_k)
+            router.holder.top_k = chosen
+            if temperature != 1 or not allowed_E.all():
+                hook = _Rerouting(router, allowed_E, temperature)
+                undo.callback(router.module.register_forward_hook(hook).remove)
+        yield model
+
+
+def _refuse_deaf_rules(routers: Mapping[int, Router], top_k: int | None, scores: bool) -> None:
+    """ValueError where a DecoderLM's routing rule would not do what is asked, or do something else."""
+    for router in routers.values():
+        moe = router.holder.moe if isinstance(router.holder, MoELayer) else None
+        rule = None if moe is None or moe.router is None else moe.router.kind
+        if rule == "hash":
+            raise ValueError("hash routing follows the token ids and no score, so there is nothing to intervene in")
+        if top_k is not None and rule in ("top_p", "relu"):
+            raise ValueError(
+                f"router={rule!r} does not choose a fixed number of experts, so top_k would change nothing"
+            )
+        if scores and moe is not None and moe.logit_norm is not None:
+            raise ValueError(
+                f"logit_norm={moe.logit_norm} standardises the scores after they are changed, which would undo it; "
+                "only top_k can be changed here"
+            )
+
+
+def _num_experts(router: Router) -> int:
+    return len(router.module.weight)
+
+
+def _per_layer(name: str, experts: Experts, routers: Mapping[int, Router]) -> dict[int, list[int]]:
+    """{layer: [experts]} of what was asked; layers that nothing was asked of are left out."""
+    if experts is None:
+        return {}
+    if not isinstance(experts, Mapping):
+        experts = dict.fromkeys(routers, experts)
+    chosen = {}
+    for layer, ids in experts.items():
+        if layer not in routers:
+            raise ValueError(f"{name} names layer {layer}, but the layers with experts are {[*routers]}")
+        num_experts = _num_experts(routers[layer])
+        chosen[layer] = [whole_number(f"{name} of layer {layer}: expert", expert) for expert in ids]
+        for expert in chosen[layer]:
+            if not 0 <= expert < num_experts:
+                raise ValueError(f"{name} names expert {expert} of layer {layer}; choose 0..{num_experts - 1}")
+    return chosen
+
+
+@torch.no_grad()
+def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """losses_BT: the cross-entropy of each target in nats, in eval mode; NaN where there is no target (-100).
+
+    Raises ValueError where the shapes differ, for no windows, and for ids outside the vocabulary.
+    """
+    if tokens_BT.dim() != 2 or tokens_BT.shape != targets_BT.shape or not tokens_BT.numel():
+        raise ValueError(
+            f"tokens have shape {tuple(tokens_BT.shape)}, targets {tuple(targets_BT.shape)}; give both as "
+            "(windows, tokens), at least one"
+        )
+    embedding = model.token_embedding if isinstance(model, DecoderLM) else model.get_input_embeddings()
+    vocab = embedding.num_embeddings
+    for name, ids_N in (("tokens", tokens_BT.flatten()), ("targets", targets_BT[targets_BT != IGNORE])):
+        wrong_N = ids_N[(ids_N < 0) | (ids_N >= vocab)]
+        if len(wrong_N):
+            raise ValueError(f"{name} have the id {int(wrong_N[0])}, but the model's ids are 0..{vocab - 1}")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses = []
+    try:
+        for rows_BT, wanted_BT in zip(tokens_BT.split(_ROWS), targets_BT.split(_ROWS)):
+            output = model(rows_BT.to(device))
+            logits_BTV = output.logits_BTV if isinstance(output, LMOutput) else output.logits
+            losses_N = F.cross_entropy(
+                logits_BTV.flatten(0, 1).float(), wanted_BT.to(device).flatten(), reduction="none"
+            )
+            losses.append(losses_N.view(wanted_BT.shape).cpu())
+    finally:
+        model.train(was_training)
+    return torch.cat(losses).masked_fill(targets_BT.cpu() == IGNORE, torch.nan)
+
+
+def domain_losses(model, windows_by_domain: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Mean nats per target of each domain; `windows_by_domain` maps names to (tokens_BT, targets_BT)."""
+    return {name: float(token_losses(model, *windows).nanmean()) for name, windows in windows_by_domain.items()}
+
+
+@dataclass(frozen=True)
+class KnockoutTable:
+    """What removing each expert, one at a time, costs each domain, in nats per target.
+
+    `deltas_LEC` is the loss without the expert minus the loss with all, `errors_LEC` its standard error over the
+    windows, `base_loss_C` the loss with all, `tokens_C` the targets it was measured on. `layers` are block numbers,
+    `experts` and `domains` name the other two axes. `chance_spreads`: see `worst`.
+    """
+
+    deltas_LEC: Tensor
+    errors_LEC: Tensor
+    base_loss_C: Tensor
+    tokens_C: Tensor
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    domains: tuple[str, ...]
+    chance_spreads: float
+
+    @property
+    def random_expert_LC(self) -> Tensor:
+        """The null baseline: what removing an expert of that layer costs that domain on average over the experts."""
+        return self.deltas_LEC.mean(1)
+
+    def worst(self) -> list[dict]:
+        """One dict for each (layer, expert), named by the domain that its removal hurts most, the clearest case first.
+
+        `delta` is what it costs that domain, `margin` how much more than the next one (or than nothing, where that
+        gains), `error` the standard error of the margin and `spreads` their ratio. Chance gives margins, too: when the
+        windows are dealt to the domains at random, the largest `spreads` of the table stays below `chance_spreads` in
+        19 of 20 deals. Above it, the expert serves that domain; a large `delta` with few `spreads` is an expert that
+        everybody needs.
+        """
+        margin_LE, error_LE, spreads_LE, worst_LE = _margins(self.deltas_LEC, self.errors_LEC)
+        rows = []
+        for i, layer in enumerate(self.layers):
+            for j, expert in enumerate(self.experts):
+                c = int(worst_LE[i, j])
+                row = dict(layer=layer, expert=expert, domain=self.domains[c], delta=float(self.deltas_LEC[i, j, c]))
+                columns = dict(margin=margin_LE, error=error_LE, spreads=spreads_LE)
+                rows.append(row | {name: float(column_LE[i, j]) for name, column_LE in columns.items()})
+        return sorted(rows, key=lambda row: -row["margin"])
+
+
+def knockout(model, windows_by_domain, *, layers=None, experts=None, progress: bool = True) -> KnockoutTable:
+    """Remove each expert of each layer in turn and measure what it costs each domain.
+
+    `windows_by_domain` maps at least two domains to (tokens_BT, targets_BT), B at least 2; `layers` and `experts`
+    default to all. One forward pass per (layer, expert) and domain. For single tokens subtract two `token_losses`,
+    without and with `intervene`. Raises ValueError for a dense model, for what does not exist, and for too few windows.
+    """
+    from tqdm.auto import tqdm
+
+    routers = find_routers(model)
+    layers = tuple(router.layer for router in routers) if layers is None else tuple(layers)
+    experts = tuple(range(_num_experts(routers[0]))) if experts is None else tuple(experts)
+    if len(windows_by_domain) < 2 or min(len(tokens_BT) for tokens_BT, _ in windows_by_domain.values()) < 2:
+        raise ValueError("a knock-out compares domains: give at least 2 of them, each with at least 2 windows")
+    if not layers or not experts:
+        raise ValueError(f"layers={list(layers)} and experts={list(experts)}: nothing to knock out; name at least one")
+    for name, (_, targets_BT) in windows_by_domain.items():
+        if bool((targets_BT == IGNORE).all()):
+            raise ValueError(f"domain {name!r} has no target: all of them are {IGNORE}")
+
+    def window_losses() -> Tensor:
+        """Summed nats of each window, those of all domains one after the other."""
+        return torch.cat([token_losses(model, *windows).nansum(1).double() for windows in windows_by_domain.values()])
+
+    domain_W = torch.cat([torch.full((len(w[0]),), c) for c, w in enumerate(windows_by_domain.values())])
+    tokens_W = torch.cat([(targets_BT != IGNORE).sum(1) for _, targets_BT in windows_by_domain.values()])
+    base_W = window_losses()
+    deltas_LEW = torch.zeros(len(layers), len(experts), len(base_W), dtype=torch.float64)
+    with tqdm(total=len(layers) * len(experts), desc="knock-out", unit="expert", disable=not progress) as bar:
+        for i, layer in enumerate(layers):
+            for j, expert in enumerate(experts):
+                with intervene(model, remove={layer: [expert]}):
+                    deltas_LEW[i, j] = window_losses() - base_W
+                bar.update()
+    deltas_LEC, errors_LEC = _by_domain(deltas_LEW, tokens_W, domain_W)
+    return KnockoutTable(
+        deltas_LEC=deltas_LEC,
+        errors_LEC=errors_LEC,
+        base_loss_C=_by_domain(base_W, tokens_W, domain_W)[0],
+        tokens_C=torch.bincount(domain_W, weights=tokens_W).long(),
+        layers=layers,
+        experts=experts,
+        domains=tuple(windows_by_domain),
+        chance_spreads=_chance_spreads(deltas_LEW, tokens_W, domain_W),
+    )
+
+
+def _by_domain(sums_xW: Tensor, tokens_W: Tensor, domain_W: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean per target, its standard error over windows) of sums per window, for each domain: (..., C)."""
+    means, errors = [], []
+    for c in range(int(domain_W.max()) + 1):
+        sums_xB, tokens_B = sums_xW[..., domain_W == c], tokens_W[domain_W == c]
+        mean_x = sums_xB.sum(-1) / tokens_B.sum()
+        # a ratio of two sums: its error comes from what each window adds beyond its share
+        residual_xB = sums_xB - mean_x[..., None] * tokens_B
+        means.append(mean_x)
+        errors.append(residual_xB.std(-1) * len(tokens_B) ** 0.5 / tokens_B.sum())
+    return torch.stack(means, -1), torch.stack(errors, -1)
+
+
+def _margins(deltas_LEC: Tensor, errors_LEC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per expert: what the worst-hit domain loses beyond the next, its standard error, their ratio, that domain."""
+    deltas_LE2, domains_LE2 = deltas_LEC.topk(2)
+    margin_LE = deltas_LE2[..., 0] - deltas_LE2[..., 1].clamp_min(0)  # to gain from a removal is not to be spared
+    error_LE = errors_LEC.gather(-1, domains_LE2).norm(dim=-1)
+    return margin_LE, error_LE, (margin_LE / error_LE).nan_to_num(0.0), domains_LE2[..., 0]  # 0/0: nobody uses it
+
+
+def _chance_spreads(deltas_LEW: Tensor, tokens_W: Tensor, domain_W: Tensor, deals: int = 200) -> float:
+    """A permutation test of the whole table: the largest margin in standard errors, its 95th percentile over deals."""
+    generator = np.random.default_rng(0)
+    largest = []
+    for _ in range(deals):
+        dealt_W = domain_W[torch.from_numpy(generator.permutation(len(domain_W)))]
+        spreads_LE = _margins(*_by_domain(deltas_LEW, tokens_W, dealt_W))[2]
+        largest.append(float(spreads_LE.max()))
+    return float(np.quantile(largest, 0.95))

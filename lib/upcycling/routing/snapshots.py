@@ -1,0 +1,143 @@
+"""Routing during training: what the routers decided about one fixed probe, every so many updates, to be played back.
+
+    snapshots = RoutingSnapshots(probe_BT, folder / "snapshots.safetensors")
+    train(model, ..., callbacks=[snapshots])
+    RoutingSnapshots.load(path).expert_ids       # (S, L, N, K)
+
+Shapes: S snapshots, L MoE layers, N tokens of the probe (B windows of T), E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.routing import refuse_varying_choices
+from ..files import FORMAT, read_tensors, write_tensors
+
+
+class RoutingSnapshots:
+    """A callback of `train` that keeps the routing of `probe_BT`; training goes on as if it were not there.
+
+    It asks for the updates 0, 1, 2, 4, 8, ... (copies of one expert part early) and every `every`-th, and gets those
+    with an evaluation, the last one among them. `labels` names what each window is of (its domain).
+    With a `path` everything is in that one file after each snapshot, written atomically. A run that is resumed with
+    the same probe and path keeps what was there before the present step, and replaces what came after it; snapshots
+    of another probe are replaced.
+
+    - steps (S,), layers: optimizer updates done, and the blocks' numbers (L of them)
+    - expert_ids (S, L, N, K) int64, weights (S, L, N, K), probabilities (S, L, N, E): float32, kept in half precision
+    - tokens (N,), sequence (N,): the probe's token ids and which window each stands in
+    - domains, labels (N,): the names in order of appearance, and each token's number among them; one name if none given
+    """
+
+    def __init__(self, probe_BT: Tensor, path=None, *, every: int = 50, labels: Sequence[str] | None = None):
+        if every < 1:
+            raise ValueError(f"every={every} is no number of updates; choose at least 1")
+        labels = ["probe"] * len(probe_BT) if labels is None else list(labels)
+        if len(labels) != len(probe_BT):
+            raise ValueError(f"{len(labels)} labels for {len(probe_BT)} windows; give one a window")
+        self.probe_BT, self.every, self.window_labels = probe_BT.cpu(), every, labels
+        self.path = None if path is None else Path(path)
+        self.layers: tuple[int, ...] = ()
+        self._kept: dict[str, Tensor] = {}
+        if self.path is not None and self.path.exists():
+            earlier = RoutingSnapshots.load(self.path)
+            if torch.equal(earlier.probe_BT, self.probe_BT):
+                self.layers, self._kept = earlier.layers, earlier._kept
+
+    @classmethod
+    def load(cls, path) -> RoutingSnapshots:
+        """The snapshots in a file. Raises FileNotFoundError, and ValueError for a file that is not one of these."""
+        tensors, header = read_tensors(path)
+        try:
+            loaded = cls(tensors.pop("probe_BT"), labels=header["labels"], every=header["every"])
+            loaded.layers = tuple(header["layers"])
+            loaded._kept = {name: tensors[name] for name in ("steps", "expert_ids", "weights", "probabilities")}
+        except KeyError as error:
+            raise ValueError(f"{path} holds no routing snapshots: {error} is missing") from error
+        return loaded
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or (step < self.every and step.bit_count() == 1)
+
+    @torch.no_grad()
+    def __call__(self, step: int, model, row: dict | None = None) -> None:
+        """Record one snapshot of a DecoderLM. Raises ValueError for a dense model and where K varies."""
+        was_training = model.training
+        model.eval()
+        routings = model(self.probe_BT.to(next(model.parameters()).device)).routings
+        model.train(was_training)
+        if not routings:
+            raise ValueError("the model is dense: there is no routing to keep; train it without RoutingSnapshots")
+        for routing in routings:
+            refuse_varying_choices(routing)
+        new = {
+            "steps": torch.tensor(step),
+            "expert_ids": torch.stack([routing.expert_ids_NK for routing in routings]).short(),
+            "weights": torch.stack([routing.weights_NK for routing in routings]).half(),
+            "probabilities": torch.stack([routing.probabilities_NE for routing in routings]).half(),
+        }
+        new = {name: tensor.unsqueeze(0).cpu() for name, tensor in new.items()}
+        if self._kept:
+            before = self._kept["steps"] < step
+            new = {name: torch.cat([self._kept[name][before], tensor]) for name, tensor in new.items()}
+        self._kept, self.layers = new, model.config.moe_layers
+        if self.path is not None:
+            header = {"format": FORMAT, "layers": self.layers, "labels": self.window_labels, "every": self.every}
+            write_tensors(self.path, self._kept | {"probe_BT": self.probe_BT}, header)
+
+    def trace(self, index: int):
+        """Snapshot number `index` as a RoutingTrace; its logits are log probabilities, right but for a shift."""
+        from .trace import RoutingTrace
+
+        probabilities_LNE = self.probabilities[index]
+        return RoutingTrace(
+            layers=self.layers,
+            logits=probabilities_LNE.clamp_min(2**-24).log(),  # the smallest number that half precision holds
+            probabilities=probabilities_LNE,
+            expert_ids=self.expert_ids[index],
+            weights=self.weights[index],
+            tokens=self.tokens,
+            sequence=self.sequence,
+            position=torch.arange(self.probe_BT.shape[1]).repeat(len(self.probe_BT)),
+        )
+
+    def __len__(self) -> int:
+        return len(self._kept["steps"]) if self._kept else 0
+
+    @property
+    def steps(self) -> Tensor:
+        return self._kept["steps"]
+
+    @property
+    def expert_ids(self) -> Tensor:
+        return self._kept["expert_ids"].long()
+
+    @property
+    def weights(self) -> Tensor:
+        return self._kept["weights"].float()
+
+    @property
+    def probabilities(self) -> Tensor:
+        return self._kept["probabilities"].float()
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.probe_BT.flatten()
+
+    @property
+    def sequence(self) -> Tensor:
+        return torch.arange(len(self.probe_BT)).repeat_interleave(self.probe_BT.shape[1])
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.window_labels))
+
+    @property
+    def labels(self) -> Tensor:
+        numbers = [self.domains.index(name) for name in self.window_labels]
+        return torch.tensor(numbers).repeat_interleave(self.probe_BT.shape[1])

@@ -1,0 +1,294 @@
+"""Panels for looking inside a router, token by token, in a notebook; each also has a still twin (`panel.still()`).
+
+    TokenExplorer(model, tokenizer, "Once upon a time")         # choose a layer, click a token, follow it
+    TrainingPlayback(snapshots, tokenizer)                      # how it came about: a slider over the snapshots
+    WhatIf(model, tokenizer, "Once upon a time", probe)         # other k, other temperature, experts knocked out
+    CompareRouting(before, after, tokenizer, "Once upon ...")   # two models, or two moments, on the same text
+
+Models are `DecoderLM`s or transformers MoEs; tokenizers are those of the tokenizers library or of transformers.
+Shapes: N tokens, L MoE layers, E experts, K experts per token, B windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ipywidgets as W
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..routing.metrics import domain_specialization, router_saturation
+from ..routing.text import route_text, token_texts, twin
+from ..routing.trace import RoutingTrace
+from .panel import Panel, Strip, View, follow_example, text_inputs, visible, wide
+from .routing import plot_expert_matrix
+from .style import expert_colour
+
+# ------------------------------------------------------------------------------- tokens and their way through layers
+
+
+def strip_of(trace, texts: Sequence[str], layer: int, expert: int | None = None, title: str = "") -> Strip:
+    """The tokens coloured by the expert that each prefers in `layer`, or by the probability of one `expert`."""
+    probabilities_NE = trace.probabilities[_at(trace, layer)].tolist()
+    chosen_NK = _best_first(trace)[_at(trace, layer)].tolist()
+    if expert is None:
+        colours = [expert_colour(experts[0]) for experts in chosen_NK]
+        notes = [str(experts[0]) for experts in chosen_NK]
+        legend = f"colour and number: the expert that weighs most in layer {layer}"
+    else:
+        import matplotlib
+        from matplotlib.colors import to_hex
+
+        shares = [row[expert] for row in probabilities_NE]
+        colours = [to_hex(colour) for colour in matplotlib.colormaps["magma_r"](shares)]
+        notes = [f"{100 * share:.0f}" for share in shares]
+        legend = f"colour and number: probability of expert {expert} in layer {layer}, in %"
+    return Strip(title, legend, texts, colours, notes, probabilities_NE, chosen_NK)
+
+
+def _at(trace: RoutingTrace, layer: int) -> int:
+    if layer not in trace.layers:
+        raise ValueError(f"layer {layer} has no experts; those with experts are {', '.join(map(str, trace.layers))}")
+    return trace.layers.index(layer)
+
+
+def _best_first(trace: RoutingTrace) -> Tensor:
+    """expert_ids_LNK in the order of the combine weights; some routers leave them in another."""
+    return trace.expert_ids.gather(-1, trace.weights.argsort(dim=-1, descending=True, stable=True))
+
+
+def render_tokens(
+    traces: Sequence[RoutingTrace],
+    texts: Sequence[str],
+    layer: int,
+    token: int,
+    expert: int | None = None,
+    names: Sequence[str] = ("",),
+) -> View:
+    """The view of `TokenExplorer` and `CompareRouting`: a strip for each trace, one token's way through all layers."""
+    strips = [strip_of(trace, texts, layer, expert, name) for trace, name in zip(traces, names)]
+    ways = [_way(trace, token) for trace in traces]
+    said = f"Token {token} “{visible(texts[token])}” goes to " + "; ".join(
+        f"{name}: {way}" if name else way for name, way in zip(names, ways)
+    )
+    if len(traces) == 2:
+        first_N, second_N = (_best_first(trace)[_at(trace, layer), :, 0] for trace in traces)
+        share = float((first_N == second_N).float().mean())
+        said += f". In layer {layer} both prefer the same expert for {100 * share:.0f} % of the tokens"
+    return View(said + ".", way_figure(traces, token, visible(texts[token]), names), strips, token)
+
+
+def _way(trace: RoutingTrace, token: int) -> str:
+    parts = []
+    for layer, ids_NK, weights_NK in zip(trace.layers, trace.expert_ids, trace.weights):
+        order = weights_NK[token].argsort(descending=True)
+        experts = ", ".join(f"{int(ids_NK[token, k])} ({100 * float(weights_NK[token, k]):.0f} %)" for k in order)
+        parts.append(f"layer {layer}: expert{'s' if len(order) > 1 else ''} {experts}")
+    return "; ".join(parts[:8]) + ("; …" if len(parts) > 8 else "")
+
+
+def way_figure(traces: Sequence[RoutingTrace], token: int, text: str, names: Sequence[str] = ("",)):
+    """One token's probabilities of all experts, a row for each layer (and trace); the chosen experts are framed."""
+    experts = max(trace.num_experts for trace in traces)
+    rows, labels, framed = [], [], []
+    for i in range(max(len(trace.layers) for trace in traces)):
+        for trace, name in zip(traces, names):
+            if i < len(trace.layers):
+                row_E = np.full(experts, np.nan)
+                row_E[: trace.num_experts] = trace.probabilities[i, token]
+                chosen_E = np.isin(np.arange(experts), trace.expert_ids[i, token])
+                rows.append(row_E)
+                framed.append(np.where(chosen_E, -1.0, 2.0))  # below and above every probability
+                labels.append(f"{name} layer {trace.layers[i]}".strip())
+    top = max(float(trace.probabilities.max()) for trace in traces)  # the same for every token: colours can be compared
+    figure = plot_expert_matrix(
+        np.stack(rows), labels, null=np.stack(framed), spread=0.0, kind="", vmax=top, quantity="router's probability",
+        title=f"token {token} “{text}” on its way through the layers",
+    )  # fmt: skip
+    figure.axes[0].set_xlabel("expert (framed: chosen)")
+    return figure
+
+
+class _TokenPanel(Panel):
+    """Strips of one text, routed by one or two models, or recorded; a layer, and a token that is followed."""
+
+    def __init__(self, sources, names, tokenizer, text, examples, max_tokens):
+        self._names, self._tokenizer, self._max_tokens = names, tokenizer, max_tokens
+        self._sources = [source if isinstance(source, RoutingTrace) else twin(source) for source in sources]
+        self._recorded, self._shown = isinstance(sources[0], RoutingTrace), None
+        if self._recorded:
+            sequences = sorted(set(sources[0].sequence.tolist()))
+            inputs = {"sequence": W.Dropdown(description="sequence", options=sequences)}
+        else:
+            inputs = text_inputs(text, examples)
+        super().__init__(
+            strips=len(sources),
+            **inputs,
+            layer=_layer_input(),
+            colour=W.Dropdown(description="colour", layout=wide(290)),
+            token=W.IntSlider(description="token", layout=wide(420)),
+        )
+        self._start(inputs.values(), [self.layer, self.colour, self.token])
+
+    def _follow(self, change) -> None:
+        owner = change and change["owner"]
+        for strip in self.strips:
+            if owner is strip.buttons:
+                self.token.value = change["new"]
+        if not self._recorded:
+            follow_example(self, owner)
+        wanted = self.sequence.value if self._recorded else self.text.value
+        if wanted == self._shown:
+            return
+        traces, self._texts = self._read()
+        layers = [layer for layer in traces[0].layers if layer in traces[-1].layers]
+        if not layers:
+            raise ValueError("the two have no MoE layer in common")
+        if self._shown is None:
+            experts = min(trace.num_experts for trace in traces)
+            _set_range(self.layer, layers)
+            self.colour.options = [("the preferred expert", None)] + [
+                (f"probability of expert {expert}", expert) for expert in range(experts)
+            ]
+            self.colour.index = 0
+        self._traces, self._shown = traces, wanted
+        self.token.max = len(self._texts) - 1
+
+    def _read(self) -> tuple[list[RoutingTrace], list[str]]:
+        if self._recorded:
+            traces = [source.select(source.sequence == self.sequence.value) for source in self._sources]
+            if len(traces) == 2 and not torch.equal(traces[0].tokens, traces[1].tokens):
+                raise ValueError("the two traces are not of the same text; record both on the same tokens")
+            if len(traces[0]) > self._max_tokens:
+                traces = [trace.select(torch.arange(self._max_tokens)) for trace in traces]
+            return traces, token_texts(self._tokenizer, traces[0].tokens.tolist())
+        routed = [route_text(model, self._tokenizer, self.text.value, self._max_tokens) for model in self._sources]
+        return [trace for trace, _ in routed], routed[0][1]
+
+    def view(self) -> View:
+        return render_tokens(
+            self._traces, self._texts, self.layer.value, self.token.value, self.colour.value, self._names
+        )
+
+
+def _layer_input(layers: Sequence[int] = (0,)) -> W.BoundedIntText:
+    """A number, not a list to choose from: JupyterLab takes the arrow keys away from lists."""
+    number = W.BoundedIntText(description="layer", layout=wide(120))
+    _set_range(number, layers)
+    return number
+
+
+def _set_range(number: W.BoundedIntText, layers: Sequence[int]) -> None:
+    number.max = max(layers)
+    number.value = min(layers)
+    number.min = min(layers)
+
+
+class TokenExplorer(_TokenPanel):
+    """One text's tokens in the colours of their experts; hover shows all probabilities, a click follows a token.
+
+    `source` is a model, which then routes any text that is typed or chosen (`examples`: {name: text}), or a
+    `RoutingTrace`, whose sequences can be chosen. Controls: example, text (or sequence), layer, colour, token.
+    Raises ValueError for a dense model and for a text that does not fit the model or `max_tokens`.
+    """
+
+    def __init__(self, source, tokenizer, text: str = "", *, examples=None, max_tokens: int = 256):
+        super().__init__([source], [""], tokenizer, text, examples, max_tokens)
+
+
+class CompareRouting(_TokenPanel):
+    """The same text in two models, or in two `RoutingTrace`s of the same tokens (two moments: `snapshots.trace(i)`).
+
+    `names` are what the two are called. Controls, options and errors are those of `TokenExplorer`.
+    """
+
+    def __init__(self, a, b, tokenizer, text: str = "", *, names=("a", "b"), examples=None, max_tokens: int = 256):
+        if isinstance(a, RoutingTrace) != isinstance(b, RoutingTrace):
+            raise ValueError("give two models or two traces; record_routing makes a trace of a model")
+        super().__init__([a, b], list(names), tokenizer, text, examples, max_tokens)
+
+
+# ------------------------------------------------------------------------------------------------------ over training
+
+
+def render_playback(snapshots, labels: Sequence[str], texts, moment: int, layer: int, window: int, token: int) -> View:
+    """The view of `TrainingPlayback`: snapshot number `moment`; one window's tokens, and every label's experts.
+
+    `labels` name the windows, `texts` are those of the window's tokens.
+    """
+    trace, step = snapshots.trace(moment), int(snapshots.steps[moment])
+    at, even = _at(trace, layer), trace.top_k / trace.num_experts
+    domains = list(dict.fromkeys(labels))
+    labels_N = torch.tensor([domains.index(label) for label in labels])[snapshots.sequence]
+    share_SCE = domain_specialization(snapshots.expert_ids[:, at], labels_N, trace.num_experts, len(domains))
+    figure = plot_expert_matrix(
+        share_SCE[moment],
+        domains,
+        null=even,
+        vmax=float(share_SCE.max()),
+        title=f"layer {layer} after {step:,} updates",
+    )
+    saturation = float(router_saturation(trace.expert_ids[at], snapshots.expert_ids[-1, at]))
+    shown = trace.select(snapshots.sequence == window)
+    said = (
+        f"After {step:,} updates layer {layer} makes {100 * saturation:.0f} % of its final choices (by chance: "
+        f"{100 * even:.0f} %). Token {token} “{visible(texts[token])}” goes to {_way(shown, token)}."
+    )
+    return View(said, figure, [strip_of(shown, texts, layer)], token)
+
+
+_PLAY = ("play or pause", "back to the start", "repeat")
+
+
+class TrainingPlayback(Panel):
+    """How the routing of a fixed probe came about: a slider, and a play button, over `RoutingSnapshots`.
+
+    Controls: moment (its values are optimizer updates), layer, window (of the probe), token. `labels` name the windows,
+    in place of the names that the snapshots carry. Raises ValueError where there are no snapshots, or for a number of
+    labels that is not that of the windows.
+    """
+
+    def __init__(self, snapshots, tokenizer, labels: Sequence[str] | None = None):
+        if len(snapshots) == 0:
+            raise ValueError("there are no snapshots yet; pass this RoutingSnapshots to train(callbacks=[...]) first")
+        windows, length = snapshots.probe_BT.shape
+        self._labels = list(labels or snapshots.window_labels)
+        if len(self._labels) != windows:
+            raise ValueError(f"{len(self._labels)} labels for {windows} windows; give one a window")
+        self._snapshots, self._tokenizer = snapshots, tokenizer
+        super().__init__(
+            strips=1,
+            moment=W.SelectionSlider(
+                description="updates",
+                options=[(f"{step:,}", step) for step in snapshots.steps.tolist()],
+                layout=wide(520),
+            ),
+            layer=_layer_input(snapshots.layers),
+            window=W.Dropdown(
+                description="window", options=[(f"{i}: {x}", i) for i, x in enumerate(self._labels)], layout=wide(290)
+            ),
+            token=W.IntSlider(description="token", max=length - 1, layout=wide(420)),
+        )
+        play = W.Play(max=len(snapshots) - 1, interval=500)
+        W.jslink((play, "value"), (self.moment, "index"))
+        # the buttons have no names of their own, but what a style sheet writes into them is read out
+        play.add_class("upcycling-play")
+        rules = (
+            f".upcycling-play button:nth-child({i})::after{{content:'\\200b'/'{x}'}}" for i, x in enumerate(_PLAY, 1)
+        )
+        self._start(
+            [play, W.HTML(f"<style>{''.join(rules)}</style>"), self.moment], [self.layer, self.window, self.token]
+        )
+
+    def _follow(self, change) -> None:
+        if change is None or change["owner"] is self.window:
+            self._texts = token_texts(self._tokenizer, self._snapshots.probe_BT[self.window.value].tolist())
+        elif change["owner"] is self.strips[0].buttons:
+            self.token.value = change["new"]
+
+    def view(self) -> View:
+        return render_playback(
+            self._snapshots, self._labels, self._texts,
+            self.moment.index, self.layer.value, self.window.value, self.token.value,
+        )  # fmt: skip

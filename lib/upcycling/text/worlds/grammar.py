@@ -1,0 +1,229 @@
+"""Templates with a known probability: compiled once, run by a writer that counts the surprisal of each choice."""
+
+import math
+import re
+from bisect import bisect_right
+from itertools import accumulate
+
+from .words import article, plural
+
+
+def _split(text: str) -> list[str]:
+    """Words between spaces; "-" stands for nothing."""
+    return ["" if part == "-" else part for part in text.split(" ")]
+
+
+class Table:
+    """A weighted choice among texts; integer weights, so that a random number means the same entry everywhere."""
+
+    __slots__ = ("costs", "cumulative", "texts", "total", "weights")
+
+    def __init__(self, texts, weights=None):
+        self.texts = list(texts)
+        self.weights = [1] * len(self.texts) if weights is None else list(weights)
+        self.cumulative = list(accumulate(self.weights))
+        self.total = self.cumulative[-1]
+        self.costs = [-math.log(weight / self.total) if weight else math.inf for weight in self.weights]
+
+
+class Writer:
+    """Writes one document by random choices: `text` is what was written, `surprisal` the sum of -log p, in nats."""
+
+    __slots__ = ("_parts", "_random", "surprisal")
+
+    def __init__(self, random_function):
+        self._random = random_function
+        self._parts = []
+        self.surprisal = 0.0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    def say(self, text: str) -> None:
+        self._parts.append(text)
+
+    def pick(self, table: Table) -> int:
+        index = bisect_right(table.cumulative, self._random() * table.total)
+        self.surprisal += table.costs[index]
+        self._parts.append(table.texts[index])
+        return index
+
+    def pick_new(self, table: Table, used) -> int:
+        for _ in range(8):
+            index = bisect_right(table.cumulative, self._random() * table.total)
+            if index not in used:
+                break
+        else:  # most of the weight is used up: choose among the rest directly
+            place = self._random() * (table.total - sum(table.weights[i] for i in used))
+            for index, weight in enumerate(table.weights):
+                place -= 0 if index in used else weight
+                if place < 0:
+                    break
+        self.surprisal += _cost_among_unused(table, index, used)
+        self._parts.append(table.texts[index])
+        return index
+
+
+def _cost_among_unused(table: Table, index: int, used) -> float:
+    return -math.log(table.weights[index] / (table.total - sum(table.weights[i] for i in used)))
+
+
+class _Mismatch(Exception):
+    """The choices made so far do not lead to the text."""
+
+
+class _Reader:
+    """Replays a script of choices against a text; past its end, takes the first one that fits and notes the others."""
+
+    def __init__(self, text: str, script: list[int]):
+        self.text, self.position = text, 0
+        self.script, self.made, self.alternatives = script, [], []
+        self.surprisal = 0.0
+
+    def say(self, text: str) -> None:
+        if not self.text.startswith(text, self.position):
+            raise _Mismatch
+        self.position += len(text)
+
+    def _choose(self, table: Table, used=()) -> int:
+        step = len(self.made)
+        if step < len(self.script):
+            index = self.script[step]
+        else:
+            fitting = [
+                i
+                for i, option in enumerate(table.texts)
+                if table.weights[i] and i not in used and self.text.startswith(option, self.position)
+            ]
+            if not fitting:
+                raise _Mismatch
+            index = fitting[0]
+            self.alternatives += [[*self.made, other] for other in fitting[1:]]
+        self.made.append(index)
+        self.position += len(table.texts[index])
+        return index
+
+    def pick(self, table: Table) -> int:
+        index = self._choose(table)
+        self.surprisal += table.costs[index]
+        return index
+
+    def pick_new(self, table: Table, used) -> int:
+        index = self._choose(table, used)
+        self.surprisal += _cost_among_unused(table, index, used)
+        return index
+
+
+def siblings(groups) -> list[range]:
+    """For the members of nested groups, numbered throughout: which members are in the same group as each."""
+    result = []
+    for group in groups:
+        result += [range(len(result), len(result) + len(group))] * len(group)
+    return result
+
+
+def render(program, variables) -> str:
+    """The text of a template that makes no choices."""
+    writer = Writer(None)
+    run_template(program, writer, {}, dict(variables))
+    return writer.text
+
+
+# Templates. -----------------------------------------------------------------------------------------------------------
+
+
+def compile_template(text: str):
+    """Compile a template into a list of steps for `run_template`.
+
+    The notation, in which any run of white space is one space and ¶ is a line break:
+        {x}  {a x}  {A x}  {s x}     the variable x; with an indefinite article, a small or capital one; its plural
+        {x=table}  {a x=table}       choose from a table of the world, write it, call it x; {x=table!y}: not what y was
+        [one|two|3:three]            choose an alternative, here with odds 1, 1, 3
+        [!flag 65]                   choose silently, with 65 %, whether the flag is set; [flag?yes|no] looks at it
+        <part>                       a part written by a Python function
+    """
+    text = re.sub(r"\s*\n\s*([|\]])", r"\1", text.strip())
+    text = re.sub(r"([|\[?])\s*\n\s*", r"\1", text)
+    text = re.sub(r" ?¶ ?", "\n", re.sub(r"\s+", " ", text))
+    tokens = re.findall(r"\[!\w+ \d+\]|\[\w+\?|\[|\||\]|\{[^{}]+\}|<\w+>|[^\[\]{}|<>]+", text)
+    return _compile(tokens, 0)[0]
+
+
+def _compile(tokens: list[str], start: int):
+    program, position = [], start
+    while position < len(tokens) and tokens[position] not in ("|", "]"):
+        token = tokens[position]
+        position += 1
+        if token.startswith("[!"):
+            flag, percent = token[2:-1].split()
+            program.append(("decide", flag, Table(["", ""], [100 - int(percent), int(percent)])))
+        elif token[0] == "[":
+            branches = []
+            while tokens[position - 1] != "]":
+                branch, position = _compile(tokens, position)
+                branches.append(branch)
+                position += 1
+            program.append(("flag", token[1:-1], branches) if len(token) > 1 else _alternatives(branches))
+        elif token[0] == "{":
+            program.append(_slot(token[1:-1]))
+        elif token[0] == "<":
+            program.append(("call", token[1:-1]))
+        else:
+            program.append(("say", token))
+    return program, position
+
+
+def _alternatives(branches):
+    weights = []
+    for branch in branches:
+        weight = re.match(r"\s*(\d+):", branch[0][1]) if branch and branch[0][0] == "say" else None
+        weights.append(int(weight[1]) if weight else 1)
+        if weight:
+            branch[0] = ("say", branch[0][1][weight.end() :])
+    # What an alternative begins with is written by the choice itself, so that a reader sees at once which one it was.
+    heads = [branch.pop(0)[1] if branch and branch[0][0] == "say" else "" for branch in branches]
+    return ("pick", Table(heads, weights), branches)
+
+
+def _slot(text: str):
+    prefix, _, name = text.rpartition(" ")
+    if "=" not in name:
+        return ("write", name, TEMPLATE_FORMS[prefix])
+    name, table = name.split("=")
+    table, _, other = table.partition("!")
+    return ("draw", name, table, list(TEMPLATE_FORMS).index(prefix), other)
+
+
+def _capital_article(phrase: str) -> str:
+    phrase = article(phrase)
+    return phrase[0].upper() + phrase[1:]
+
+
+TEMPLATE_FORMS = {"": str, "a": article, "A": _capital_article, "s": plural}
+
+
+def run_template(program, chooser, tables, variables, parts=None) -> None:
+    """Write a compiled template; `variables` is filled with what was chosen, `parts` holds the functions of <part>."""
+    for kind, *step in program:
+        if kind == "say":
+            chooser.say(step[0])
+        elif kind == "write":
+            name, form = step
+            chooser.say(form(variables[name]))
+        elif kind == "draw":
+            name, table, form, other = step
+            table, written = tables[table][0], tables[table][form]
+            index = chooser.pick_new(written, (variables["#" + other],)) if other else chooser.pick(written)
+            variables[name], variables["#" + name] = table.texts[index], index
+        elif kind == "pick":
+            heads, branches = step
+            run_template(branches[chooser.pick(heads)], chooser, tables, variables, parts)
+        elif kind == "flag":
+            flag, branches = step
+            run_template(branches[0 if variables[flag] else 1], chooser, tables, variables, parts)
+        elif kind == "decide":
+            flag, odds = step
+            variables[flag] = chooser.pick(odds) == 1
+        else:
+            parts[step[0]]()
