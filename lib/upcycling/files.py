@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -27,27 +29,29 @@ FORMAT = 1
 
 def write_text(path, text: str) -> None:
     """Replace a small text file atomically. Raises OSError with the path and the remedy."""
-
-    def write(temporary):
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-    _replace(path, write)
 
 
 def write_tensors(path, tensors: dict, header: dict) -> None:
     """Replace a safetensors file atomically; `header` (JSON) lies in its metadata. Raises OSError with the remedy."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "upcycling": json.dumps(header, allow_nan=False)}
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "upcycling": json.dumps(header, allow_nan=False)})
 
 
-def _replace(path, write) -> None:
-    """Let `write` make a temporary file, flush it to the disk, rename it to `path`; a failure leaves `path` alone."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; the file written there is flushed to the disk and renamed to `path`.
+
+    Whatever happens, and whenever, `path` is the old file or the new one, and no temporary file stays but that of a
+    process that was killed. Raises OSError with the path and the remedy.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        yield temporary
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

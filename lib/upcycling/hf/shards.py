@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from .families.base import TargetTensor
 from .weight_files import CODES, WeightFiles
 
@@ -69,10 +69,8 @@ class Shard:
         The safetensors format allows that: a header with every tensor's place, then their bytes in that order. The
         file has another name until it is complete and flushed to the disk. Raises OSError.
         """
-        path = folder / self.file
-        temporary = path.with_name(path.name + ".tmp")
         digest = hashlib.sha256(self.header)
-        with open(temporary, "wb") as file:
+        with replacing(folder / self.file) as temporary, open(temporary, "wb") as file:
             file.write(self.header)
             bar.update(len(self.header))
             for entry in self.entries:
@@ -80,9 +78,6 @@ class Shard:
                 file.write(data)
                 digest.update(data)
                 bar.update(data.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         return digest.hexdigest()
 
 
