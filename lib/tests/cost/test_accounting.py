@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_transformers import MOE_FAMILIES, make_config, make_dense, moe_model
 from torch.profiler import ProfilerActivity, profile
 
 from upcycling.core import model as model_module
@@ -16,9 +17,6 @@ from upcycling.cost.parameters import count_parameters, forward_flops
 from upcycling.cost.references import REFERENCE, published_claims
 
 transformers = pytest.importorskip("transformers")
-
-from test_more_families import make_config, make_dense  # noqa: E402
-from test_routing import FAMILIES, transformers_model  # noqa: E402
 
 B, T = 2, 12
 SIZES = dict(vocab_size=60, d_model=16, n_layers=3, n_heads=4, d_ff=24, seq_len=16)
@@ -88,9 +86,9 @@ def check_transformers(model, vocab):
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_flops_are_those_that_a_transformers_moe_executes(family):
-    model = transformers_model(family).train()
+    model = moe_model(family).train()
     found = check_transformers(model, vocab=40)
     assert found.active == found.total - found.experts * 5 // 8, "3 of 8 experts are used"
     assert 0 < found.router < found.experts

@@ -1,10 +1,10 @@
 """What is particular to single families; their logits, fields and weights are compared in test_pretrained."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_transformers import TINY, make_config, make_dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -13,25 +13,6 @@ from upcycling.hf.families import rules as families  # noqa: E402
 from upcycling.hf.families.more import REFUSED, halves_to_paired, paired_to_halves  # noqa: E402
 from upcycling.hf.plan import all_families, plan  # noqa: E402
 from upcycling.hf.upcycle_pretrained import upcycle_pretrained  # noqa: E402
-
-TINY = json.loads((Path(__file__).parent / "tiny_families.json").read_text(encoding="utf-8"))
-BASE = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-)  # fmt: skip
-
-
-def make_config(kind, variant=0, **changes):
-    return transformers.AutoConfig.for_model(kind, **{**BASE, **TINY[kind][variant], **changes})
-
-
-def make_dense(kind, variant=0, **changes):
-    model = transformers.AutoModelForCausalLM.from_config(make_config(kind, variant, **changes), dtype=torch.float32)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.mean() if parameter.ndim == 1 else 0))
-    return model.eval()
 
 
 @torch.no_grad()

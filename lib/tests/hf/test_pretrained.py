@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_transformers import BASE, TINY
 
 transformers = pytest.importorskip("transformers")
 from safetensors import safe_open  # noqa: E402
@@ -32,11 +33,6 @@ E, T = 4, 24
 # Lfm2Moe adds 1e-6 to the sum of its sigmoid scores: a wide router, whose scores may be small, would show it
 ROUTER_STD = {"lfm2": 0.02}
 
-BASE = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-)  # fmt: skip
-TINY = json.loads((Path(__file__).parent / "tiny_families.json").read_text(encoding="utf-8"))
 VARIANTS = [(kind, i) for kind in sorted(all_families()) for i in range(len(TINY.get(kind, [{}])))]
 
 

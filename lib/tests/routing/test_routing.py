@@ -3,7 +3,6 @@
 import gc
 import html
 import importlib
-import re
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_transformers import LAYERS, MOE_FAMILIES, D, E, K, V, moe_model
 
 from upcycling import DecoderLM, ModelConfig, MoEConfig, RoutingTrace, generate, record_routing
 from upcycling.routing.hf_routers import (
@@ -23,7 +23,6 @@ from upcycling.routing.hf_routers import (
     top_k_then_softmax,
 )
 
-V, D, E, K, LAYERS = 40, 16, 8, 3, 3
 FIELDS = ["logits", "probabilities", "expert_ids", "weights", "tokens", "sequence", "position"]
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -38,57 +37,8 @@ def decoder_lm(seed=0, renormalize=True, **moe):
     return DecoderLM(config).eval()
 
 
-def transformers_model(family, seed=0, renormalize=True):
-    """A tiny random model of a transformers MoE class."""
-    import transformers
-
-    sizes = dict(
-        vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, num_experts_per_tok=K, max_position_embeddings=64, head_dim=8,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    experts = {"num_experts": E, "norm_topk_prob": renormalize, "moe_intermediate_size": 16}
-    deepseek = dict(
-        n_routed_experts=E, n_group=4, topk_group=3, n_shared_experts=1, first_k_dense_replace=1,
-        moe_intermediate_size=16, routed_scaling_factor=2.5, norm_topk_prob=renormalize,
-    )  # fmt: skip
-    latent = dict(kv_lora_rank=4, q_lora_rank=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
-    own = {
-        "Mixtral": {"num_local_experts": E},
-        "Qwen2Moe": experts | {"shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
-        "Qwen3Moe": experts,
-        "Olmoe": experts,
-        "FlexOlmo": experts,
-        "GraniteMoe": {"num_local_experts": E},
-        "GptOss": {"num_local_experts": E, "sliding_window": 4, "layer_types": None},
-        "DeepseekV3": deepseek | latent,
-        "Glm4Moe": deepseek,
-        "Dots1": deepseek,
-    }[family]
-    sizes.pop("head_dim" if family in ("GraniteMoe", "DeepseekV3") else "", None)
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**sizes | own)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if re.search(r"(gate|router)\.(weight|bias|e_score_correction_bias)$", name):
-            torch.nn.init.normal_(tensor, std=0.5)  # the bias, too: it decides who is chosen
-    return model.eval()
-
-
-FAMILIES = [
-    "Mixtral",
-    "Qwen2Moe",
-    "Qwen3Moe",
-    "Olmoe",
-    "FlexOlmo",
-    "GraniteMoe",
-    "GptOss",
-    "DeepseekV3",
-    "Glm4Moe",
-    "Dots1",
-]
 RENORMALIZING_CHOICE = ["Qwen2Moe", "Qwen3Moe", "Olmoe", "FlexOlmo", "DeepseekV3"]
-MODELS = {"DecoderLM": decoder_lm} | {family: lambda f=family, **kw: transformers_model(f, **kw) for family in FAMILIES}
+MODELS = {"DecoderLM": decoder_lm} | {family: lambda f=family, **kw: moe_model(f, **kw) for family in MOE_FAMILIES}
 CASES = [(family, True) for family in MODELS] + [(family, False) for family in ["DecoderLM", *RENORMALIZING_CHOICE]]
 
 
@@ -332,7 +282,7 @@ def test_compiled_models():
     model.compile(backend="eager")
     with pytest.raises(ValueError, match="DecoderLM is compiled"), record_routing(model):
         pass
-    mixtral = transformers_model("Mixtral")
+    mixtral = moe_model("Mixtral")
     compiled = torch.compile(mixtral, backend="eager")
     with pytest.raises(ValueError, match="OptimizedModule is compiled"), record_routing(compiled):
         pass
@@ -363,9 +313,9 @@ def test_cached_decoding_continues_its_sequences():
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_generate_with_padding(family):
-    model, x_BT = transformers_model(family), tokens(2, 5)
+    model, x_BT = moe_model(family), tokens(2, 5)
     mask_BT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     with record_routing(model) as trace:
         y_BT = model.generate(x_BT, attention_mask=mask_BT, max_new_tokens=6, do_sample=False)
@@ -382,7 +332,7 @@ def test_generate_with_padding(family):
 
 
 def test_manual_cache_of_transformers_and_two_interleaved():
-    model, (a_BT, b_BT) = transformers_model("GptOss"), (tokens(1, 4), tokens(2, 4, seed=2))
+    model, (a_BT, b_BT) = moe_model("GptOss"), (tokens(1, 4), tokens(2, 4, seed=2))
     with record_routing(model) as trace, torch.no_grad():
         a = model(a_BT, use_cache=True).past_key_values
         b = model(b_BT, use_cache=True).past_key_values
@@ -397,7 +347,7 @@ def test_manual_cache_of_transformers_and_two_interleaved():
 
 
 def test_inner_model_and_embeddings():
-    model, x_BT = transformers_model("Mixtral"), tokens(2, 3)
+    model, x_BT = moe_model("Mixtral"), tokens(2, 3)
     with record_routing(model) as trace, torch.no_grad():
         model.model(x_BT)  # not the model that was given, but what is inside it
         model(inputs_embeds=model.get_input_embeddings()(x_BT))
@@ -487,7 +437,7 @@ def test_close_and_disk_errors(tmp_path):
 
 def test_nothing_of_the_models_is_kept():
     """A tensor that the model goes on to change must not change the trace."""
-    model, x_BT = transformers_model("Mixtral"), tokens(1, 4)
+    model, x_BT = moe_model("Mixtral"), tokens(1, 4)
     with record_routing(model) as trace, torch.no_grad():
         model(x_BT)
     before = trace.tokens.clone()
@@ -521,7 +471,7 @@ def test_models_that_cannot_be_recorded():
         find_routers(transformers.PhimoeForCausalLM(jamba))
     with pytest.raises(TypeError, match="a tuple is not a model"):
         find_routers((llama, 1))
-    two = torch.nn.ModuleList([transformers_model("Mixtral"), transformers_model("Mixtral")])
+    two = torch.nn.ModuleList([moe_model("Mixtral"), moe_model("Mixtral")])
     with pytest.raises(ValueError, match="both in layer 0"):
         find_routers(torch.nn.ModuleDict({"a": two[0], "b": two[1]}))
 
@@ -529,7 +479,7 @@ def test_models_that_cannot_be_recorded():
 def test_other_releases_of_transformers(monkeypatch):
     from upcycling.routing import hf_routers as router_rules
 
-    model = transformers_model("Mixtral")
+    model = moe_model("Mixtral")
     gate = model.model.layers[0].mlp.gate
     handle = gate.register_forward_hook(lambda m, args, out: out[::-1])  # the order that GraniteMoe once had
     with record_routing(model), pytest.raises(ValueError, match=r"MixtralTopKRouter did not return .* 5\.23; "):
@@ -542,7 +492,7 @@ def test_other_releases_of_transformers(monkeypatch):
 
 
 def test_a_part_of_a_model_is_refused():
-    mlp = transformers_model("Mixtral").model.layers[0].mlp
+    mlp = moe_model("Mixtral").model.layers[0].mlp
     with record_routing(mlp), pytest.raises(ValueError, match="MixtralSparseMoeBlock was given neither input_ids"):
         mlp(torch.randn(1, 4, D))
     ffn = decoder_lm().blocks[0].ffn
@@ -551,7 +501,7 @@ def test_a_part_of_a_model_is_refused():
 
 
 def test_empty_trace_names_what_to_do():
-    model = transformers_model("Mixtral")
+    model = moe_model("Mixtral")
     with record_routing(model) as trace:
         assert len(trace) == 0 and "empty" in repr(trace) and "empty" in trace._repr_html_()
         for name in [*FIELDS, "num_experts", "top_k"]:
