@@ -1,81 +1,122 @@
 """Dense -> Mixture-of-Experts upcycling of language models: the library beneath the notebooks.
 
-Names are loaded when they are first used, so that `import upcycling` costs nothing.
+The imports below are the whole public list. Type checkers and editors read them as they stand; at run time a name is
+imported when it is first used, so that `import upcycling` costs nothing.
+
+The folders, from the ground up (each has a page that says what lives there; a folder imports only those before it):
+kernels, core, text, training, decoding, variants, routing, hf, cost and selection, experiments, show, bench. To learn
+how upcycling works, read core, then text and training; README.md gives the files in order.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "core.config": ["ModelConfig", "MoEConfig"],
-    "training.config": ["TrainConfig"],
-    "experiments.presets": ["PRESETS"],
-    "cost.references": ["REFERENCE", "published_claims"],
-    "cost.parameters": ["count_parameters", "forward_flops"],
-    "text.corpus": ["load_corpus", "entropy_floor"],
-    "text.tokenizer": ["train_tokenizer", "load_tokenizer", "save_tokenizer"],
-    "text.stream": ["TokenStream", "padded_batch"],
-    "core.moe": ["MoELayer"],
-    "core.routing": ["Routing", "route", "expert_load"],
-    "core.balance": ["aux_loss", "z_loss", "pooled_aux_loss"],
-    "core.routers": [
-        "TopK",
-        "Sampled",
-        "SelectionBias",
-        "StraightThrough",
-        "TopP",
-        "ReLURouter",
-        "Hash",
-        "ExpertChoice",
-    ],
-    "hf.selection_bias": ["SelectionBiasMover"],
-    "core.model": ["DecoderLM"],
-    "core.transfer": ["upcycle"],
-    "variants.doubling": ["double"],
-    "variants.domain_rows": ["router_rows"],
-    "variants.moments": ["carry_moments"],
-    "variants.jumps": ["initial_jumps"],
-    "core.initialisation": ["Copy", "Noise", "Drop", "Permute"],
-    "core.shards": ["Granular", "Partition"],
-    "core.equivalence": ["check_equivalence", "check_causality"],
-    "training.checkpoint": ["save_model", "load_model"],
-    "training.loop": ["train"],
-    "training.evaluation": ["evaluate"],
-    "decoding.generation": ["generate"],
-    "hf.decoder_lm": ["to_hf", "from_hf", "save_hf"],
-    "environment": ["check_environment"],
-    "routing.intervention": ["intervene", "knockout", "token_losses", "domain_losses"],
-    "routing.metrics": ["shuffled_baseline", "uniform_baseline"],
-    "hf.plan": ["plan"],
-    "hf.upcycle_pretrained": ["upcycle_pretrained"],
-    "hf.receipt": ["verify"],
-    "hf.convert": ["convert"],
-    "hf.continued": ["continue_pretraining"],
-    "routing.load": ["load_report", "evaluate_routing"],
-    "routing.gradient": ["diagnose_router"],
-    "show.explorer": ["TokenExplorer", "TrainingPlayback", "CompareRouting"],
-    "show.what_if": ["WhatIf"],
-    "selection.choose": ["select", "Selection"],
-    "selection.scores": ["score_documents"],
-    "selection.quotas": ["quotas"],
-    "experiments.series": ["load_series"],
-    "routing.record": ["record_routing"],
-    "routing.trace": ["RoutingTrace"],
-    "show.report": ["save_report"],
-    "cost.account": ["account", "side_by_side", "flop_counter"],
-    "cost.profile": ["time_by_kind"],
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)
+if TYPE_CHECKING:
+    from .core.balance import aux_loss as aux_loss
+    from .core.balance import pooled_aux_loss as pooled_aux_loss
+    from .core.balance import z_loss as z_loss
+    from .core.config import ModelConfig as ModelConfig
+    from .core.config import MoEConfig as MoEConfig
+    from .core.equivalence import check_causality as check_causality
+    from .core.equivalence import check_equivalence as check_equivalence
+    from .core.initialisation import Copy as Copy
+    from .core.initialisation import Drop as Drop
+    from .core.initialisation import Noise as Noise
+    from .core.initialisation import Permute as Permute
+    from .core.model import DecoderLM as DecoderLM
+    from .core.moe import MoELayer as MoELayer
+    from .core.routers import ExpertChoice as ExpertChoice
+    from .core.routers import Hash as Hash
+    from .core.routers import ReLURouter as ReLURouter
+    from .core.routers import Sampled as Sampled
+    from .core.routers import SelectionBias as SelectionBias
+    from .core.routers import StraightThrough as StraightThrough
+    from .core.routers import TopK as TopK
+    from .core.routers import TopP as TopP
+    from .core.routing import Routing as Routing
+    from .core.routing import expert_load as expert_load
+    from .core.routing import route as route
+    from .core.shards import Granular as Granular
+    from .core.shards import Partition as Partition
+    from .core.transfer import upcycle as upcycle
+    from .cost.account import account as account
+    from .cost.account import flop_counter as flop_counter
+    from .cost.account import side_by_side as side_by_side
+    from .cost.parameters import count_parameters as count_parameters
+    from .cost.parameters import forward_flops as forward_flops
+    from .cost.profile import time_by_kind as time_by_kind
+    from .cost.references import REFERENCE as REFERENCE
+    from .cost.references import published_claims as published_claims
+    from .decoding.generation import generate as generate
+    from .environment import check_environment as check_environment
+    from .experiments.presets import PRESETS as PRESETS
+    from .experiments.series import load_series as load_series
+    from .hf.continued import continue_pretraining as continue_pretraining
+    from .hf.convert import convert as convert
+    from .hf.decoder_lm import from_hf as from_hf
+    from .hf.decoder_lm import save_hf as save_hf
+    from .hf.decoder_lm import to_hf as to_hf
+    from .hf.plan import plan as plan
+    from .hf.receipt import verify as verify
+    from .hf.selection_bias import SelectionBiasMover as SelectionBiasMover
+    from .hf.upcycle_pretrained import upcycle_pretrained as upcycle_pretrained
+    from .routing.gradient import diagnose_router as diagnose_router
+    from .routing.intervention import domain_losses as domain_losses
+    from .routing.intervention import intervene as intervene
+    from .routing.intervention import knockout as knockout
+    from .routing.intervention import token_losses as token_losses
+    from .routing.load import evaluate_routing as evaluate_routing
+    from .routing.load import load_report as load_report
+    from .routing.metrics import shuffled_baseline as shuffled_baseline
+    from .routing.metrics import uniform_baseline as uniform_baseline
+    from .routing.record import record_routing as record_routing
+    from .routing.trace import RoutingTrace as RoutingTrace
+    from .selection.choose import Selection as Selection
+    from .selection.choose import select as select
+    from .selection.quotas import quotas as quotas
+    from .selection.scores import score_documents as score_documents
+    from .show.explorer import CompareRouting as CompareRouting
+    from .show.explorer import TokenExplorer as TokenExplorer
+    from .show.explorer import TrainingPlayback as TrainingPlayback
+    from .show.report import save_report as save_report
+    from .show.what_if import WhatIf as WhatIf
+    from .text.corpus import entropy_floor as entropy_floor
+    from .text.corpus import load_corpus as load_corpus
+    from .text.stream import TokenStream as TokenStream
+    from .text.stream import padded_batch as padded_batch
+    from .text.tokenizer import load_tokenizer as load_tokenizer
+    from .text.tokenizer import save_tokenizer as save_tokenizer
+    from .text.tokenizer import train_tokenizer as train_tokenizer
+    from .training.checkpoint import load_model as load_model
+    from .training.checkpoint import save_model as save_model
+    from .training.config import TrainConfig as TrainConfig
+    from .training.evaluation import evaluate as evaluate
+    from .training.loop import train as train
+    from .variants.domain_rows import router_rows as router_rows
+    from .variants.doubling import double as double
+    from .variants.jumps import initial_jumps as initial_jumps
+    from .variants.moments import carry_moments as carry_moments
+else:  # what a program sees; for a type checker a misspelt name stays an error
+
+    def _read_imports() -> dict[str, str]:
+        """Name -> module below the library, of the imports under TYPE_CHECKING."""
+        source = ast.parse(__spec__.loader.get_source(__name__))
+        (block,) = [node for node in source.body if isinstance(node, ast.If)]
+        return {node.names[0].name: node.module for node in block.body if isinstance(node, ast.ImportFrom)}
+
+    _HOME = _read_imports()
+    __all__ = sorted(_HOME)
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'upcycling' has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+    def __dir__():
+        return __all__
+
+
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'upcycling' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-def __dir__():
-    return __all__
