@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -85,6 +86,21 @@ def test_worlds_is_cached_on_disk_by_its_recipe(tmp_path, monkeypatch):
     load_corpus(documents=61, cache_dir=tmp_path)
     load_corpus(documents=60, cache_dir=tmp_path, world=WorldConfig(n_towns=100))
     assert len(list(tmp_path.iterdir())) == 3  # and no temporary folder is left
+
+
+def test_the_cache_is_of_every_module_and_data_file_of_the_generator(tmp_path, monkeypatch):
+    package = Path(corpus.worlds.__file__).parent
+    copied = Path(shutil.copytree(package, tmp_path / "worlds", ignore=shutil.ignore_patterns("__pycache__")))
+    before = corpus._worlds_sources()
+    monkeypatch.setattr(corpus, "files", lambda _: copied)
+    assert corpus._worlds_sources() == before
+    sources = [path for path in copied.rglob("*") if path.is_file()]
+    assert {path.name for path in sources} > {"grammar.py", "world.py", "words.txt", "stories.txt", "code.json"}
+    for path in sources:
+        text = path.read_bytes()
+        path.write_bytes(text + b"\n")
+        assert corpus._worlds_sources() != before, path
+        path.write_bytes(text)
 
 
 def test_an_interrupted_cache_is_not_used(tmp_path, monkeypatch):

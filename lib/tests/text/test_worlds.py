@@ -21,8 +21,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from upcycling.text.worlds import world as worlds
-from upcycling.text.worlds.grammar import Table, Writer
+from upcycling.text.worlds.grammar import Choices, Writer
 from upcycling.text.worlds.world import DOMAINS, World, WorldConfig, derivations, generate
 
 TEXTS_SHA256 = "e889e922a30325b262bfa110332abce3bcc4f40166b7fdcf5cc5ab6d3d1ebcf1"
@@ -92,10 +91,11 @@ def test_seeds_draw_documents_and_facts_separately(world):
     first, other_documents = (next(generate(1, seed, world))["text"] for seed in (0, 1))
     assert first != other_documents
     other_facts = World(WorldConfig(seed=1))
-    assert other_facts.country != world.country and other_facts.towns[0] != world.towns[0]
+    assert other_facts.geography.country != world.geography.country
+    assert other_facts.geography.towns[0] != world.geography.towns[0]
     more_towns = World(WorldConfig(n_towns=500))
-    assert len(more_towns.towns) == 500
-    assert more_towns.dictionary_lines[0].texts == world.dictionary_lines[0].texts
+    assert len(more_towns.geography.towns) == 500
+    assert more_towns.dictionary.lines[0].texts == world.dictionary.lines[0].texts
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_changed_text_has_no_derivation(rows, world):
 def test_a_wrong_fact_has_no_derivation(texts_of, world):
     text = next(text for text in texts_of["geography"] if "Who founded" in text)
     founder = re.search(r"Who founded \w+\? It was ([\w ]+)\.", text)[1]
-    other = next(town["founder"] for town in world.towns if town["founder"] != founder)
+    other = next(town["founder"] for town in world.geography.towns if town["founder"] != founder)
     assert derivations(text, world)
     assert not derivations(text.replace(founder, other), world)
     text = next(text for text in texts_of["arithmetic"] if re.search(r"= (\d+)\n", text))
@@ -144,12 +144,12 @@ def test_a_wrong_fact_has_no_derivation(texts_of, world):
 
 
 def test_the_costs_of_choices_are_minus_the_log_of_their_frequency():
-    table = Table(["a", "b", "c", "d"], [50, 3, 2, 0])  # after an "a", most draws are rejected
+    choices = Choices(["a", "b", "c", "d"], [50, 3, 2, 0])  # after an "a", most draws are rejected
     costs, counts, draw = {}, Counter(), random.Random(0).random
     for _ in range(20_000):
         writer = Writer(draw)
-        first = writer.pick(table)
-        writer.pick_new(table, [first])
+        first = writer.pick(choices)
+        writer.pick_new(choices, [first])
         costs[writer.text] = writer.surprisal
         counts[writer.text] += 1
     assert sorted(costs) == ["".join(pair) for pair in itertools.permutations("abc", 2)]
@@ -173,7 +173,7 @@ def test_fact_zipf_skews_how_often_facts_are_mentioned():
     def share_of_first_tenth(zipf):
         world = World(WorldConfig(fact_zipf=zipf, shares=(0, 0, 0, 1, 0)))
         seen = Counter(re.findall(r"\w+", " ".join(row["text"] for row in generate(300, 0, world))))
-        counts = [seen[town["town"]] for town in world.towns]
+        counts = [seen[town["town"]] for town in world.geography.towns]
         return sum(counts[: len(counts) // 10]) / sum(counts)
 
     assert 0.07 < share_of_first_tenth(0.0) < 0.14
@@ -310,7 +310,7 @@ def test_impossible_worlds_are_refused(arguments, message):
 def test_impossible_corpora_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="neither may be negative"):
         next(generate(10, seed=-1))
-    monkeypatch.setattr(worlds, "_WRITERS", [lambda chooser, world: chooser.say("always the same")] * 5)
+    monkeypatch.setattr(World, "write", lambda world, chooser: chooser.say("always the same") or "code")
     with pytest.raises(ValueError, match="fewer than 100 different documents"):
         list(generate(100))
 

@@ -12,11 +12,11 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from .worlds import stories, words
 from .worlds import world as worlds
 from .worlds.world import World, WorldConfig
 
@@ -75,10 +75,8 @@ def _load_worlds(documents: int, validation_fraction: float, seed: int, cache_di
         world = World(world)
     folder = None
     if cache_dir is not None:
-        # The generator's source is part of the key: another version of it writes other texts.
-        sources = b"".join(Path(module.__file__).read_bytes() for module in (worlds, stories, words))
         recipe = repr((documents, validation_fraction, seed, sorted(asdict(world.config).items())))
-        folder = Path(cache_dir) / f"worlds-{hashlib.sha256(sources + recipe.encode()).hexdigest()[:16]}"
+        folder = Path(cache_dir) / f"worlds-{hashlib.sha256(_worlds_sources() + recipe.encode()).hexdigest()[:16]}"
         if folder.is_dir():
             return load_from_disk(str(folder))
     rows = list(worlds.generate(documents, seed, world))
@@ -98,6 +96,13 @@ def _load_worlds(documents: int, validation_fraction: float, seed: int, cache_di
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_from_disk(str(folder))
+
+
+def _worlds_sources() -> bytes:
+    """The generator's modules and data files, part of the cache's key: another version of it writes other texts."""
+    package = files(worlds.__package__)
+    sources = [file for folder in (package, package / "data") for file in folder.iterdir() if file.is_file()]
+    return b"".join(file.name.encode() + file.read_bytes() for file in sorted(sources, key=lambda file: file.name))
 
 
 def _load_hub(name: str, cache_dir) -> dict:

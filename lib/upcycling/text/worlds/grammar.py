@@ -1,20 +1,16 @@
-"""Templates with a known probability: compiled once, run by a writer that counts the surprisal of each choice."""
+"""Templates with a known probability: compiled once, run by a chooser that counts the surprisal of each choice."""
 
 import math
 import re
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from .words import article, plural
 
 
-def _split(text: str) -> list[str]:
-    """Words between spaces; "-" stands for nothing."""
-    return ["" if part == "-" else part for part in text.split(" ")]
-
-
-class Table:
-    """A weighted choice among texts; integer weights, so that a random number means the same entry everywhere."""
+class Choices:
+    """Weighted texts to choose among; integer weights, so that a random number means the same entry everywhere."""
 
     __slots__ = ("costs", "cumulative", "texts", "total", "weights")
 
@@ -26,15 +22,29 @@ class Table:
         self.costs = [-math.log(weight / self.total) if weight else math.inf for weight in self.weights]
 
 
-class Writer:
-    """Writes one document by random choices: `text` is what was written, `surprisal` the sum of -log p, in nats."""
+class _Chooser:
+    """Goes through a document's choices; `surprisal` is the sum of -log p so far, in nats."""
 
-    __slots__ = ("_parts", "_random", "surprisal")
+    surprisal = 0.0
+
+    def pick(self, choices: Choices) -> int:
+        index = self._choose(choices, ())
+        self.surprisal += choices.costs[index]
+        return index
+
+    def pick_new(self, choices: Choices, used: Sequence[int]) -> int:
+        index = self._choose(choices, used)
+        left = choices.total - sum(choices.weights[i] for i in used)
+        self.surprisal += -math.log(choices.weights[index] / left)
+        return index
+
+
+class Writer(_Chooser):
+    """Writes one document by random choices; `text` is what was written."""
 
     def __init__(self, random_function):
         self._random = random_function
         self._parts = []
-        self.surprisal = 0.0
 
     @property
     def text(self) -> str:
@@ -43,75 +53,53 @@ class Writer:
     def say(self, text: str) -> None:
         self._parts.append(text)
 
-    def pick(self, table: Table) -> int:
-        index = bisect_right(table.cumulative, self._random() * table.total)
-        self.surprisal += table.costs[index]
-        self._parts.append(table.texts[index])
-        return index
-
-    def pick_new(self, table: Table, used) -> int:
+    def _choose(self, choices: Choices, used: Sequence[int]) -> int:
         for _ in range(8):
-            index = bisect_right(table.cumulative, self._random() * table.total)
+            index = bisect_right(choices.cumulative, self._random() * choices.total)
             if index not in used:
                 break
         else:  # most of the weight is used up: choose among the rest directly
-            place = self._random() * (table.total - sum(table.weights[i] for i in used))
-            for index, weight in enumerate(table.weights):
+            place = self._random() * (choices.total - sum(choices.weights[i] for i in used))
+            for index, weight in enumerate(choices.weights):
                 place -= 0 if index in used else weight
                 if place < 0:
                     break
-        self.surprisal += _cost_among_unused(table, index, used)
-        self._parts.append(table.texts[index])
+        self._parts.append(choices.texts[index])
         return index
 
 
-def _cost_among_unused(table: Table, index: int, used) -> float:
-    return -math.log(table.weights[index] / (table.total - sum(table.weights[i] for i in used)))
-
-
-class _Mismatch(Exception):
+class Mismatch(Exception):
     """The choices made so far do not lead to the text."""
 
 
-class _Reader:
+class Reader(_Chooser):
     """Replays a script of choices against a text; past its end, takes the first one that fits and notes the others."""
 
     def __init__(self, text: str, script: list[int]):
         self.text, self.position = text, 0
         self.script, self.made, self.alternatives = script, [], []
-        self.surprisal = 0.0
 
     def say(self, text: str) -> None:
         if not self.text.startswith(text, self.position):
-            raise _Mismatch
+            raise Mismatch
         self.position += len(text)
 
-    def _choose(self, table: Table, used=()) -> int:
+    def _choose(self, choices: Choices, used: Sequence[int]) -> int:
         step = len(self.made)
         if step < len(self.script):
             index = self.script[step]
         else:
             fitting = [
                 i
-                for i, option in enumerate(table.texts)
-                if table.weights[i] and i not in used and self.text.startswith(option, self.position)
+                for i, option in enumerate(choices.texts)
+                if choices.weights[i] and i not in used and self.text.startswith(option, self.position)
             ]
             if not fitting:
-                raise _Mismatch
+                raise Mismatch
             index = fitting[0]
             self.alternatives += [[*self.made, other] for other in fitting[1:]]
         self.made.append(index)
-        self.position += len(table.texts[index])
-        return index
-
-    def pick(self, table: Table) -> int:
-        index = self._choose(table)
-        self.surprisal += table.costs[index]
-        return index
-
-    def pick_new(self, table: Table, used) -> int:
-        index = self._choose(table, used)
-        self.surprisal += _cost_among_unused(table, index, used)
+        self.position += len(choices.texts[index])
         return index
 
 
@@ -121,6 +109,21 @@ def siblings(groups) -> list[range]:
     for group in groups:
         result += [range(len(result), len(result) + len(group))] * len(group)
     return result
+
+
+_END = Choices(["\n", ""], [5, 1])
+
+
+def write_lines(chooser, at_least: int, at_most: int, line: Callable) -> None:
+    """Call `line` between at_least and at_most times, a line break between any two calls."""
+    for n_written in range(1, at_most + 1):
+        line()
+        if n_written == at_most:
+            return
+        if n_written < at_least:
+            chooser.say("\n")
+        elif chooser.pick(_END) == 1:
+            return
 
 
 def render(program, variables) -> str:
@@ -138,7 +141,7 @@ def compile_template(text: str):
 
     The notation, in which any run of white space is one space and ¶ is a line break:
         {x}  {a x}  {A x}  {s x}     the variable x; with an indefinite article, a small or capital one; its plural
-        {x=table}  {a x=table}       choose from a table of the world, write it, call it x; {x=table!y}: not what y was
+        {x=list}  {a x=list}         choose from a list of words.txt, write it, call it x; {x=list!y}: not what y was
         [one|two|3:three]            choose an alternative, here with odds 1, 1, 3
         [!flag 65]                   choose silently, with 65 %, whether the flag is set; [flag?yes|no] looks at it
         <part>                       a part written by a Python function
@@ -157,7 +160,7 @@ def _compile(tokens: list[str], start: int):
         position += 1
         if token.startswith("[!"):
             flag, percent = token[2:-1].split()
-            program.append(("decide", flag, Table(["", ""], [100 - int(percent), int(percent)])))
+            program.append(("decide", flag, Choices(["", ""], [100 - int(percent), int(percent)])))
         elif token[0] == "[":
             branches = []
             while tokens[position - 1] != "]":
@@ -183,16 +186,16 @@ def _alternatives(branches):
             branch[0] = ("say", branch[0][1][weight.end() :])
     # What an alternative begins with is written by the choice itself, so that a reader sees at once which one it was.
     heads = [branch.pop(0)[1] if branch and branch[0][0] == "say" else "" for branch in branches]
-    return ("pick", Table(heads, weights), branches)
+    return ("pick", Choices(heads, weights), branches)
 
 
 def _slot(text: str):
     prefix, _, name = text.rpartition(" ")
     if "=" not in name:
         return ("write", name, TEMPLATE_FORMS[prefix])
-    name, table = name.split("=")
-    table, _, other = table.partition("!")
-    return ("draw", name, table, list(TEMPLATE_FORMS).index(prefix), other)
+    name, source = name.split("=")
+    source, _, other = source.partition("!")
+    return ("draw", name, source, list(TEMPLATE_FORMS).index(prefix), other)
 
 
 def _capital_article(phrase: str) -> str:
@@ -203,8 +206,12 @@ def _capital_article(phrase: str) -> str:
 TEMPLATE_FORMS = {"": str, "a": article, "A": _capital_article, "s": plural}
 
 
-def run_template(program, chooser, tables, variables, parts=None) -> None:
-    """Write a compiled template; `variables` is filled with what was chosen, `parts` holds the functions of <part>."""
+def run_template(program, chooser, lists, variables, parts=None) -> None:
+    """Write a compiled template.
+
+    lists: each word list as `Choices`, once for each of TEMPLATE_FORMS. variables: filled with what was chosen.
+    parts: the functions of <part>.
+    """
     for kind, *step in program:
         if kind == "say":
             chooser.say(step[0])
@@ -212,16 +219,16 @@ def run_template(program, chooser, tables, variables, parts=None) -> None:
             name, form = step
             chooser.say(form(variables[name]))
         elif kind == "draw":
-            name, table, form, other = step
-            table, written = tables[table][0], tables[table][form]
+            name, source, form, other = step
+            written = lists[source][form]
             index = chooser.pick_new(written, (variables["#" + other],)) if other else chooser.pick(written)
-            variables[name], variables["#" + name] = table.texts[index], index
+            variables[name], variables["#" + name] = lists[source][0].texts[index], index
         elif kind == "pick":
             heads, branches = step
-            run_template(branches[chooser.pick(heads)], chooser, tables, variables, parts)
+            run_template(branches[chooser.pick(heads)], chooser, lists, variables, parts)
         elif kind == "flag":
             flag, branches = step
-            run_template(branches[0 if variables[flag] else 1], chooser, tables, variables, parts)
+            run_template(branches[0 if variables[flag] else 1], chooser, lists, variables, parts)
         elif kind == "decide":
             flag, odds = step
             variables[flag] = chooser.pick(odds) == 1
