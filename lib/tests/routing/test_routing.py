@@ -16,7 +16,7 @@ from tiny_transformers import LAYERS, MOE_FAMILIES, D, E, K, V, moe_model
 from upcycling import DecoderLM, ModelConfig, MoEConfig, RoutingTrace, generate, record_routing
 from upcycling.routing.hf_routers import (
     RULES,
-    Router,
+    FoundRouter,
     find_routers,
     grouped_sigmoid,
     softmax_then_top_k,
@@ -162,7 +162,7 @@ def test_each_rule_of_the_table_is_its_class_bit_for_bit(router_classes, dtype):
         for tensor in [*module.parameters(), *module.buffers()]:
             torch.nn.init.normal_(tensor)
         module.to(dtype)
-        router = Router(0, "gate", module, module)
+        router = FoundRouter(0, "gate", module, module)
         output = module(torch.randn(50, D, dtype=dtype))
         again = router.rerouted(output, router.logits(output))
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(output, again, strict=True)), name

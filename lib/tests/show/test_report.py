@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from upcycling.routing.metrics import domain_specialization
-from upcycling.routing.text import token_texts
 from upcycling.routing.trace import RoutingTrace
+from upcycling.routing.typed_text import token_texts
 from upcycling.show.report import save_report
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"

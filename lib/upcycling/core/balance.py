@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .routing import Routing, expert_load
+from .routing import Routing, by_expert, expert_load
 
 
 def aux_loss(routing: Routing) -> Tensor:
@@ -55,8 +55,7 @@ def sequence_aux_loss(routing: Routing, sequences: int) -> Tensor:
     chosen_NK = routing.kept_NK if routing.wanted_NK is None else routing.wanted_NK
     if chosen_NK is None:
         chosen_NK = torch.ones_like(routing.expert_ids_NK)
-    chosen_NE = torch.zeros_like(routing.probabilities_NE)
-    chosen_NE = chosen_NE.scatter_add(1, routing.expert_ids_NK, chosen_NK.to(chosen_NE.dtype))
+    chosen_NE = by_expert(chosen_NK.to(routing.probabilities_NE.dtype), routing.expert_ids_NK, e)
     counts_BE = chosen_NE.view(sequences, -1, e).sum(1)
     load_BE = counts_BE / counts_BE.sum(-1, keepdim=True).clamp(min=1)
     mean_probability_BE = routing.probabilities_NE.view(sequences, -1, e).mean(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .initialisation import copy_into_experts
-from .model import DecoderLM
+from .model import DecoderLM, evaluating
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}
 """Largest difference that rounding alone explains, for values of size 1 (scaled up where values are larger)."""
@@ -65,13 +65,12 @@ class EquivalenceReport:
 @torch.no_grad()
 def _run(model: DecoderLM, tokens_BT: Tensor):
     """(logits_BTV, the residual stream after each layer, routings) in evaluation mode."""
-    streams, training = [], model.training
+    streams = []
     hooks = [block.register_forward_hook(lambda _m, _i, out: streams.append(out[0])) for block in model.blocks]
-    model.eval()
     try:
-        output = model(tokens_BT)
+        with evaluating(model):
+            output = model(tokens_BT)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return output.logits_BTV, streams, output.routings

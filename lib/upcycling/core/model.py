@@ -7,6 +7,8 @@ The forward pass: token (and position) embedding -> n_layers x [norm -> attentio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +24,19 @@ from .config import ModelConfig
 from .experts import Experts
 from .moe import MoELayer
 from .routing import Routing, expert_counts
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` in evaluation mode inside; on the way out each of its modules, also after an error, is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
 
 MANY_LOGITS = 2**26  # 256 MiB in float32
 

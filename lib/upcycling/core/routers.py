@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .routing import Routing, route
+from .routing import Routing, by_expert, route
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class StraightThrough(Router):
         if not training:
             return best
         p_NE = best.probabilities_NE
-        used_NE = torch.zeros_like(p_NE).scatter(1, best.expert_ids_NK, best.weights_NK.detach())
+        used_NE = by_expert(best.weights_NK.detach(), best.expert_ids_NK, p_NE.shape[-1])
         kept_NE = torch.zeros_like(p_NE, dtype=torch.bool).scatter(1, best.expert_ids_NK, True)
         scale_N1 = p_NE.detach().gather(1, best.expert_ids_NK).sum(-1, keepdim=True) if renormalize else 1
         weights_NE = used_NE + (p_NE - p_NE.detach()) / scale_N1
@@ -265,7 +265,7 @@ class Hash(Router):
             raise ValueError("hash routing needs the token ids: call the whole model, or pass tokens_BT to the layer")
         expert_ids_NK = state["experts_of_VK"][tokens_N]
         weights_NK = torch.full_like(expert_ids_NK, 1 / top_k, dtype=_at_least_float(logits_NE).dtype)
-        p_NE = torch.zeros_like(logits_NE, dtype=weights_NK.dtype).scatter(1, expert_ids_NK, weights_NK)
+        p_NE = by_expert(weights_NK, expert_ids_NK, logits_NE.shape[-1])
         return Routing(_at_least_float(logits_NE), p_NE, expert_ids_NK, weights_NK)
 
 

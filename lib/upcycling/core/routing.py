@@ -64,7 +64,17 @@ def expert_counts(routing: Routing, wanted: bool = False) -> Tensor:
     """
     chosen_NK = routing.wanted_NK if wanted and routing.wanted_NK is not None else routing.kept_NK
     ids = routing.expert_ids_NK if chosen_NK is None else routing.expert_ids_NK[chosen_NK]
-    return torch.bincount(ids.flatten(), minlength=routing.probabilities_NE.shape[-1])
+    return count_ids(ids, routing.probabilities_NE.shape[-1])
+
+
+def count_ids(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """counts_E: how often each of the numbers 0..E-1 stands among ids of any shape."""
+    return torch.bincount(expert_ids.flatten(), minlength=num_experts)
+
+
+def by_expert(values_NK: Tensor, expert_ids_NK: Tensor, num_experts: int) -> Tensor:
+    """values_NE: each choice's value in its expert's place, 0 (or False) elsewhere; leading dimensions may be more."""
+    return values_NK.new_zeros(*expert_ids_NK.shape[:-1], num_experts).scatter(-1, expert_ids_NK, values_NK)
 
 
 def refuse_varying_choices(routing: Routing) -> None:
@@ -83,8 +93,7 @@ def refuse_varying_choices(routing: Routing) -> None:
 
 def load_from_ids(expert_ids_NK: Tensor, num_experts: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """load_E from the chosen experts alone: the fraction of all choices that each expert received; sums to 1."""
-    counts_E = torch.bincount(expert_ids_NK.flatten(), minlength=num_experts)
-    return counts_E.to(dtype) / expert_ids_NK.numel()
+    return count_ids(expert_ids_NK, num_experts).to(dtype) / expert_ids_NK.numel()
 
 
 def limit_capacity(routing: Routing, factor: float) -> Routing:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..core.config import ModelConfig
+from ..routing.adapter import context_length
 from ..routing.gradient import expert_weights, router_weights
 from ..routing.hf_routers import _LOOKS_LIKE_MOE, find_routers
 from .parameters import count_parameters, forward_flops
@@ -116,7 +117,7 @@ def _of_transformers(model: nn.Module) -> _Parts:
     some = next(model.parameters())
     return _Parts(
         name=type(model).__name__,
-        longest=config.max_position_embeddings,
+        longest=context_length(config),
         bytes_each=some.element_size(),
         total=sum(weight.numel() for weight in model.parameters()),
         experts=sum(weight.numel() for weight in routed.values()),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
-from ..core.model import DecoderLM
+from ..core.model import DecoderLM, evaluating
 from .decode import Decoder, can_decode
 
 
@@ -73,9 +73,7 @@ def generate(
     tokens_BT = torch.zeros(len(prompts), max(ends_at), dtype=torch.long, device=device)
     position = min(len(prompt) for prompt in prompts)
     tokens_BT[:, :position] = torch.tensor([prompt[:position] for prompt in prompts])
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits_after = _with_cache(model, len(prompts)) if use_cache else _without_cache(model)
         column = [0] * len(prompts)
         while position < max(ends_at):
@@ -92,8 +90,6 @@ def generate(
             position += 1
             if on_tokens is not None:
                 on_tokens(new)
-    finally:
-        model.train(training)
     if isinstance(prompt_BT, Tensor):
         return tokens_BT[:, : max(ends_at)]
     return [row_T[:end] for row_T, end in zip(tokens_BT, ends_at)]

@@ -26,7 +26,7 @@ from ..routing.adapter import TransformersLM, as_decoder_lm, block_size
 from ..routing.gradient import Diagnosis, diagnose_router, expert_weights, router_weights
 from ..routing.hf_routers import find_routers
 from ..routing.load import RoutingEvaluation, evaluate_routing
-from ..tables import render_html, render_text
+from ..tables import ShownAsTable, Table
 from ..text.stream import TokenStream
 from ..training.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 from ..training.loop import train
@@ -35,8 +35,8 @@ from ..training.run import TrainResult
 PARAMETERS = ("all", "router", "experts")
 
 
-@dataclass(frozen=True)
-class ContinuedResult:
+@dataclass(frozen=True, repr=False)
+class ContinuedResult(ShownAsTable):
     """What continued pretraining did; renders as a table of before and after over the whole validation set."""
 
     before: RoutingEvaluation
@@ -71,13 +71,8 @@ class ContinuedResult:
         ]
         return notes + ([load.alarm] if load.alarm else [])
 
-    def __str__(self) -> str:
-        return render_text(self.rows(), self._notes())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return render_html(self.rows(), self._notes())
+    def _as_table(self) -> Table:
+        return Table(self.rows(), below=self._notes())
 
 
 def continue_pretraining(

@@ -260,10 +260,10 @@ def _check_place(out: Path) -> None:
     in_the_way = "is in the way and not from an interrupted conversion; delete or rename it"
     if partial.exists() and not partial.is_dir():
         raise FileExistsError(f"{partial} {in_the_way}")
-    own = {path for pattern in OWN for end in ("", ".tmp") for path in partial.glob(pattern + end)}
+    own = {path for pattern in OWN for end in ("", ".tmp", ".*.tmp") for path in partial.glob(pattern + end)}
     if foreign := sorted(set(partial.rglob("*")) - own):
         raise FileExistsError(f"{foreign[0]} {in_the_way}")
-    if own - {partial / (MANIFEST + ".tmp")} and _read_manifest(partial) is None:
+    if own - set(partial.glob(f"{MANIFEST}.*tmp")) and _read_manifest(partial) is None:
         raise FileExistsError(f"{partial} {in_the_way}")
 
 

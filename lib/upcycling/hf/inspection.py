@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..routing.adapter import context_length
 from ..routing.hf_routers import find_routers
 from ..routing.load import LoadReport, load_report
 from ..routing.record import record_routing
@@ -96,7 +97,7 @@ def collapse_check(folder, config, ids: list[int]) -> LoadReport:
             name = found if isinstance(found, str) else found[0]
             raise ValueError(f"{name} is {kind} in the weights of {folder}, by its config.json; download it again")
     model.eval()
-    window = min(WINDOW, getattr(config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    window = min(WINDOW, context_length(config))
     with record_routing(model) as trace, torch.no_grad():
         for start in range(0, len(ids), window):
             model(torch.tensor([ids[start : start + window]]), use_cache=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.equivalence import TOLERANCE
+from ..routing.adapter import context_length
 from .receipt import SENTENCES, SETTINGS, Receipt, _versions
 from .weight_files import WeightFiles, load_tokenizer
 
@@ -45,7 +46,7 @@ def verify_layerwise(
 
 def _probe(dense: WeightFiles, config) -> tuple[Tensor, str]:
     """(token ids, what they are): rows of random ids and, where there is a tokenizer, of text."""
-    length = min(24, getattr(config, "max_position_embeddings", None) or 24)
+    length = min(24, context_length(config))
     random_BT = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     tokenizer = load_tokenizer(dense.folder)
     texts = [tokenizer(sentence)["input_ids"] for sentence in SENTENCES] if tokenizer is not None else []

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core.equivalence import TOLERANCE
+from ..core.model import evaluating
+from ..routing.adapter import context_length
 from ..routing.hf_routers import check_model
 
 SENTENCES = (
@@ -131,12 +133,8 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
         )
     dense, moe = _float32(dense), _float32(moe)
     use_eager_if_needed(moe)
-    modes = [(model, model.training) for model in (dense, moe)]
     notes, vocab = [], sizes[0]
-    limits = [
-        getattr(model.config.get_text_config(), "max_position_embeddings", None) or length for model in (dense, moe)
-    ]
-    length = max(4, min(length, *limits))
+    length = max(4, min(length, context_length(dense.config), context_length(moe.config)))
     generator = torch.Generator().manual_seed(seed)
     random_BT = torch.randint(vocab, (2, length), generator=generator)
     sequences = [random_BT[0].tolist(), random_BT[1, : length - length // 3].tolist()]
@@ -158,9 +156,7 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
                 "(from_pretrained(…, dtype=…) keeps such tables)"
             )
             break
-    try:
-        for model in (dense, moe):
-            model.eval()
+    with evaluating(dense), evaluating(moe):
         largest, checks = 0.0, {}
 
         def compare(name, run, keep=None):
@@ -189,9 +185,6 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
         equal = torch.equal(a, b) or _only_ties(dense, a, b, ids_BT.shape[1], mask_BT, tolerance)
         generated = a[0, ids_BT.shape[1] :].tolist()
         greedy = tokenizer.decode(generated) if tokenizer is not None else " ".join(map(str, generated))
-    finally:
-        for model, mode in modes:
-            model.train(mode)
     settings = moe.config.get_text_config().to_dict()
     return Receipt(
         type(dense).__name__, type(moe).__name__, _worst(list(checks.values())), tolerance, checks, equal, greedy,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.model import DecoderLM
+from ..core.routing import count_ids
 from ..routing.record import _containers, _Forward, _refuse_compiled
 
 BIASES = ("e_score_correction_bias", "expert_bias")
@@ -136,7 +137,7 @@ class SelectionBiasMover:
             if self._forward.mask_BS is not None and self._forward.shape is not None:
                 real_BT = self._forward.mask_BS[:, -self._forward.shape[1] :]
                 ids_NK = ids_NK[real_BT.flatten().to(ids_NK.device).bool()]
-            layer.counts_E.add_(torch.bincount(ids_NK.flatten(), minlength=layer.bias.numel()).to(layer.counts_E))
+            layer.counts_E.add_(count_ids(ids_NK, layer.bias.numel()).to(layer.counts_E))
 
         return hook
 

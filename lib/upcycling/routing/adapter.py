@@ -16,7 +16,7 @@ from ..checks import IGNORE
 from ..core.config import ModelConfig
 from ..core.model import DecoderLM, LMOutput
 from ..core.routing import Routing
-from .hf_routers import Router, check_model, find_routers, unpack
+from .hf_routers import FoundRouter, check_model, find_routers, unpack
 
 BLOCK = 256  # tokens in a sequence of training or evaluation where nobody asks for another number
 
@@ -28,10 +28,16 @@ def as_decoder_lm(model, seq_len: int | None = None):
     return TransformersLM(model, seq_len)
 
 
+def context_length(config) -> int:
+    """Tokens that a model takes at most, by its configuration (ours or transformers'); 2**31 where none is set."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "seq_len", None) or getattr(config, "max_position_embeddings", None) or 2**31
+
+
 def block_size(model, wanted: int | None = None) -> int:
     """Tokens in a sequence: `wanted`, by default BLOCK or the context if that is shorter; ValueError if beyond it."""
-    ours = isinstance(model.config, ModelConfig)
-    context = model.config.seq_len if ours else model.config.get_text_config().max_position_embeddings
+    context = context_length(model.config)
     block = min(BLOCK, context) if wanted is None else wanted
     if not 1 <= block <= context:
         raise ValueError(f"blocks of {block} tokens do not fit the model's context; choose 1..{context}")
@@ -112,14 +118,14 @@ class TransformersLM(nn.Module):
         return settings | {"class": type(self.model).__name__, "aux_weight": self.config.moe.aux_weight}
 
 
-def _collector(router: Router, found: dict):
+def _collector(router: FoundRouter, found: dict):
     def hook(module, args, output):  # no arithmetic here: blocks that are recomputed would miss it the second time
         found[router.layer] = unpack(router, output)
 
     return hook
 
 
-def _routing(router: Router, output: tuple[Tensor, Tensor, Tensor]) -> Routing:
+def _routing(router: FoundRouter, output: tuple[Tensor, Tensor, Tensor]) -> Routing:
     logits_NE, weights_NK, expert_ids_NK = output
     probabilities_NE = router.probabilities(logits_NE)
     probabilities_NE = probabilities_NE / probabilities_NE.sum(-1, keepdim=True)

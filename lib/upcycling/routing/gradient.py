@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import IGNORE
+from ..core.model import evaluating
 from ..core.moe import MoELayer
-from ..tables import render_html, render_text
-from .hf_routers import Router, find_routers
+from ..tables import ShownAsTable, Table
+from .hf_routers import FoundRouter, find_routers
 from .record import record_routing
 
 # ------------------------------------------------------------------------------------------- the router's gradient
@@ -78,8 +79,8 @@ class RouterDiagnosis:
         return "the loss reaches the router"
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(ShownAsTable):
     """A RouterDiagnosis per MoE layer; renders as a table with the findings below."""
 
     layers: tuple[RouterDiagnosis, ...]
@@ -115,13 +116,8 @@ class Diagnosis:
             for finding, layers in layers_of.items()
         ]
 
-    def __str__(self) -> str:
-        return render_text(self.rows(), self.findings)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return render_html(self.rows(), self.findings)
+    def _as_table(self) -> Table:
+        return Table(self.rows(), below=self.findings)
 
 
 def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> Diagnosis:
@@ -131,9 +127,8 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
     counted. In eval mode, on the cross-entropy alone: a balance loss moves even a router that learns nothing.
     Weights, their `.grad` and the training mode are left as they were. Raises ValueError for a dense model.
     """
-    routers, was_training = find_routers(model), model.training
-    model.eval()
-    try:
+    routers = find_routers(model)
+    with evaluating(model):
         with torch.enable_grad(), record_routing(model) as trace:
             out = model(tokens_BT)
             logits_BTV = out.logits_BTV if hasattr(out, "logits_BTV") else out.logits
@@ -141,13 +136,11 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
         weights = [weight for router in routers for weight in router_weights(router) + expert_weights(model, router)]
         wanted = [weight for weight in weights if weight.requires_grad]
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
-    finally:
-        model.train(was_training)
     gradient_of = {id(weight): gradient for weight, gradient in zip(wanted, gradients) if gradient is not None}
     return Diagnosis(tuple(_diagnose(model, router, i, trace, gradient_of) for i, router in enumerate(routers)))
 
 
-def _diagnose(model, router: Router, i: int, trace, gradient_of: dict) -> RouterDiagnosis:
+def _diagnose(model, router: FoundRouter, i: int, trace, gradient_of: dict) -> RouterDiagnosis:
     of_router, of_experts = router_weights(router), expert_weights(model, router)
     num_experts = trace.num_experts
     rows_EX = torch.cat([weight.detach().reshape(num_experts, -1) for weight in of_router], dim=1)
@@ -167,12 +160,12 @@ def _diagnose(model, router: Router, i: int, trace, gradient_of: dict) -> Router
     )
 
 
-def router_weights(router: Router) -> list[nn.Parameter]:
+def router_weights(router: FoundRouter) -> list[nn.Parameter]:
     """The weights that turn a token into the router's logits."""
     return list(router.module.parameters())
 
 
-def expert_weights(model: nn.Module, router: Router) -> list[nn.Parameter]:
+def expert_weights(model: nn.Module, router: FoundRouter) -> list[nn.Parameter]:
     """The stacked weights of the router's experts, each with E in front; shared experts are not among them."""
     in_decoder_lm = isinstance(router.holder, MoELayer)
     layer = router.holder if in_decoder_lm else model.get_submodule(router.name.rpartition(".")[0])

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from ..core.model import DecoderLM
 from ..core.moe import MoELayer
+from ..core.routing import route
 
 
 def softmax_then_top_k(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
     """(weights_NK, expert_ids_NK): Mixtral's and Qwen's rule; divided by their sum unless `norm_topk_prob` is False."""
-    weights_NK, expert_ids_NK = logits_NE.float().softmax(-1).topk(router.top_k, dim=-1)
-    if getattr(router, "norm_topk_prob", True):
-        weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-    return weights_NK, expert_ids_NK
+    routing = route(logits_NE.float(), router.top_k, getattr(router, "norm_topk_prob", True))
+    return routing.weights_NK, routing.expert_ids_NK
 
 
 def top_k_then_softmax(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +103,7 @@ _LOOKS_LIKE_MOE = re.compile(r"(Router|Experts|MoE|Moe|SparseMoeBlock|SparseMLP)
 
 
 @dataclass(frozen=True)
-class Router:
+class FoundRouter:
     """One MoE layer's router, for reading and for changing what it decides.
 
     `layer` is the block's index, `name` the path inside the model. `module` is what to hook: its forward's output holds
@@ -137,7 +136,7 @@ class Router:
         return logits_NE.float().sigmoid() if scored_by_sigmoid else logits_NE.float().softmax(-1)
 
 
-def find_routers(model: nn.Module) -> list[Router]:
+def find_routers(model: nn.Module) -> list[FoundRouter]:
     """The routers of `model`, a `DecoderLM` or a transformers MoE (also wrapped), in the order of their layers.
 
     Raises ValueError for a model without MoE layers, for an MoE whose router class is not in the table, and for a
@@ -148,9 +147,9 @@ def find_routers(model: nn.Module) -> list[Router]:
     routers = []
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
-            routers.append(Router(_layer_of(name), name, module.router, module))
+            routers.append(FoundRouter(_layer_of(name), name, module.router, module))
         elif _rule(module) is not None:
-            routers.append(Router(_layer_of(name), name, module, module))
+            routers.append(FoundRouter(_layer_of(name), name, module, module))
     if not routers:
         raise ValueError(_why_no_router(model))
     if not isinstance(routers[0].holder, MoELayer):
@@ -180,7 +179,7 @@ def _rule(module: nn.Module) -> Callable | None:
     return next((RULES[base.__name__] for base in type(module).__mro__ if base.__name__ in RULES), None)
 
 
-def unpack(router: Router, output) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(router: FoundRouter, output) -> tuple[Tensor, Tensor, Tensor]:
     """(logits_NE, weights_NK, expert_ids_NK) that a transformers router returned; ValueError for another layout."""
     fits = isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
     if not fits or output[1].shape != output[2].shape:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import IGNORE, whole_number
-from ..core.model import DecoderLM, LMOutput
+from ..core.model import DecoderLM, LMOutput, evaluating
 from ..core.moe import MoELayer
-from .hf_routers import Router, find_routers
+from .hf_routers import FoundRouter, find_routers
 
 _ROWS = 16  # windows per forward pass: their logits are what needs memory
 Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
@@ -33,7 +33,7 @@ class _Rerouting:
     In a DecoderLM the output is the logits; in transformers it is (logits, weights, expert ids).
     """
 
-    def __init__(self, router: Router, allowed_E: Tensor, temperature: float):
+    def __init__(self, router: FoundRouter, allowed_E: Tensor, temperature: float):
         self.router, self.allowed_E, self.temperature = router, allowed_E, temperature
 
     def __call__(self, module, inputs, output):
@@ -105,7 +105,7 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
         yield model
 
 
-def _refuse_deaf_rules(routers: Mapping[int, Router], top_k: int | None, scores: bool) -> None:
+def _refuse_deaf_rules(routers: Mapping[int, FoundRouter], top_k: int | None, scores: bool) -> None:
     """ValueError where a DecoderLM's routing rule would not do what is asked, or do something else."""
     for router in routers.values():
         moe = router.holder.moe if isinstance(router.holder, MoELayer) else None
@@ -123,11 +123,11 @@ def _refuse_deaf_rules(routers: Mapping[int, Router], top_k: int | None, scores:
             )
 
 
-def _num_experts(router: Router) -> int:
+def _num_experts(router: FoundRouter) -> int:
     return len(router.module.weight)
 
 
-def _per_layer(name: str, experts: Experts, routers: Mapping[int, Router]) -> dict[int, list[int]]:
+def _per_layer(name: str, experts: Experts, routers: Mapping[int, FoundRouter]) -> dict[int, list[int]]:
     """{layer: [experts]} of what was asked; layers that nothing was asked of are left out."""
     if experts is None:
         return {}
@@ -163,10 +163,8 @@ def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if len(wrong_N):
             raise ValueError(f"{name} have the id {int(wrong_N[0])}, but the model's ids are 0..{vocab - 1}")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     losses = []
-    try:
+    with evaluating(model):
         for rows_BT, wanted_BT in zip(tokens_BT.split(_ROWS), targets_BT.split(_ROWS)):
             output = model(rows_BT.to(device))
             logits_BTV = output.logits_BTV if isinstance(output, LMOutput) else output.logits
@@ -174,8 +172,6 @@ def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
                 logits_BTV.flatten(0, 1).float(), wanted_BT.to(device).flatten(), reduction="none"
             )
             losses.append(losses_N.view(wanted_BT.shape).cpu())
-    finally:
-        model.train(was_training)
     return torch.cat(losses).masked_fill(targets_BT.cpu() == IGNORE, torch.nan)
 
 

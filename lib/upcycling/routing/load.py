@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checks import IGNORE
-from ..tables import render_html, render_text
+from ..core.model import evaluating
+from ..core.routing import count_ids
+from ..tables import ShownAsTable, Table
 from .adapter import as_decoder_lm
 from .metrics import (
     balance_score,
@@ -32,8 +34,8 @@ COLLAPSED = 0.25  # a layer has collapsed if it uses at most this much of the wa
 _TOO_FEW = 10  # choices per expert below which an uneven load may be chance
 
 
-@dataclass(frozen=True)
-class LoadReport:
+@dataclass(frozen=True, repr=False)
+class LoadReport(ShownAsTable):
     """The load of each MoE layer and of all pooled, with an alarm where the pooled one hides a collapsed layer.
 
     `layers` are the numbers to call the layers by, `load_LE` sums to 1 in each row; tokens and top_k say how much it
@@ -104,13 +106,8 @@ class LoadReport:
             notes.append(f"too few tokens to judge: give at least {-(-_TOO_FEW * num_experts // self.top_k)}")
         return notes + ([self.alarm] if self.alarm else [])
 
-    def __str__(self) -> str:
-        return render_text(self.rows(), self.notes())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return render_html(self.rows(), self.notes())
+    def _as_table(self) -> Table:
+        return Table(self.rows(), below=self.notes())
 
 
 def load_report(trace, num_experts: int | None = None) -> LoadReport:
@@ -137,8 +134,8 @@ def load_report(trace, num_experts: int | None = None) -> LoadReport:
 # ------------------------------------------------------------------------------------------- a whole validation set
 
 
-@dataclass(frozen=True)
-class RoutingEvaluation:
+@dataclass(frozen=True, repr=False)
+class RoutingEvaluation(ShownAsTable):
     """Loss and balance over a whole stream; every average is over all its tokens, none over batches."""
 
     cross_entropy: float  # nats per target
@@ -178,13 +175,8 @@ class RoutingEvaluation:
             f"{self.balance:.4f}, balanced perplexity (beta {self.beta:g}) {self.balanced_perplexity:.3f}"
         )
 
-    def __str__(self) -> str:
-        return f"{self._summary()}\n{render_text(self.rows(), self.load.notes())}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return render_html(self.rows(), [self._summary(), *self.load.notes()])
+    def _as_table(self) -> Table:
+        return Table(self.rows(), above=[self._summary()], below=self.load.notes())
 
 
 @torch.no_grad()
@@ -203,12 +195,11 @@ def evaluate_routing(
     if not layers:
         raise ValueError("the model is dense: it has no router to evaluate; upcycle it first, or use evaluate()")
     num_experts, top_k = model.config.moe.num_experts, model.config.moe.top_k
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.float64)
     probability_LE, confidence_L2 = torch.zeros_like(counts_LE), torch.zeros(len(layers), 2, dtype=torch.float64)
     total, tokens = 0.0, 0
-    model.eval()
-    try:
+    with evaluating(model):
         for tokens_BT, targets_BT in stream.windows(batch_size, seq_len or model.config.seq_len):
             real_N = (targets_BT != IGNORE).flatten().to(device)
             out = model(tokens_BT.to(device), targets_BT.to(device))
@@ -219,12 +210,10 @@ def evaluate_routing(
                 if routing.kept_NK is not None:  # a rule whose number of experts varies, or a full expert
                     chosen_NK = chosen_NK & routing.kept_NK
                 ids = routing.expert_ids_NK[chosen_NK.expand_as(routing.expert_ids_NK)]
-                counts_LE[i] += torch.bincount(ids, minlength=num_experts).cpu()
+                counts_LE[i] += count_ids(ids, num_experts).cpu()
                 probability_LE[i] += probabilities_NE.sum(0).cpu()
                 confidence = [router_margin(probabilities_NE).sum(), router_entropy(probabilities_NE).sum()]
                 confidence_L2[i] += torch.stack(confidence).cpu()
-    finally:
-        model.train(was_training)
     load_LE, (margin_L, entropy_L) = counts_LE / counts_LE.sum(-1, keepdim=True), (confidence_L2 / tokens).unbind(1)
     aux_loss_L = num_experts * (load_LE * probability_LE / tokens).sum(-1)
     report = LoadReport(tuple(layers), load_LE, tokens, top_k)

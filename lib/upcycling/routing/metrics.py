@@ -18,7 +18,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..core.routing import load_from_ids
+from ..core.routing import by_expert, count_ids, load_from_ids
 
 # ------------------------------------------------------------------------------------------------------------- load
 
@@ -303,8 +303,7 @@ def _entropy(p_E: Tensor) -> Tensor:
 
 def _chosen(expert_ids_NK: Tensor, num_experts: int) -> Tensor:
     """chosen_NE: 1 where the token uses the expert, else 0."""
-    shape = (*expert_ids_NK.shape[:-1], num_experts)
-    return torch.zeros(shape, dtype=torch.float64, device=expert_ids_NK.device).scatter_(-1, expert_ids_NK, 1.0)
+    return by_expert(torch.ones_like(expert_ids_NK, dtype=torch.float64), expert_ids_NK, num_experts)
 
 
 def _counts(expert_ids_NK: Tensor, labels_N: Tensor, num_experts: int, num_classes: int | None = None) -> Tensor:
@@ -321,7 +320,7 @@ def _counts(expert_ids_NK: Tensor, labels_N: Tensor, num_experts: int, num_class
         raise ValueError(f"label {low if low < 0 else high} is outside 0..{num_classes - 1}")
     cell_LNK = labels_N.long()[:, None] * num_experts + ids_LNK
     size = num_classes * num_experts
-    counts_LCE = torch.stack([torch.bincount(cell_NK.flatten(), minlength=size) for cell_NK in cell_LNK])
+    counts_LCE = torch.stack([count_ids(cell_NK, size) for cell_NK in cell_LNK])
     return counts_LCE.double().reshape(*expert_ids_NK.shape[:-2], num_classes, num_experts)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..core.model import DecoderLM, LMOutput
 from ..core.moe import MoELayer
 from ..core.routing import refuse_varying_choices
-from .hf_routers import Router, find_routers, unpack
+from .hf_routers import FoundRouter, find_routers, unpack
 from .trace import FIELDS, PER_LAYER, PER_TOKEN, RoutingTrace, Store
 
 MIB = 2**20
@@ -57,7 +57,7 @@ def record_routing(model: nn.Module, *, memory_limit: int = 256 * MIB, directory
         yield trace
 
 
-def _record_decoder_lm(model: nn.Module, routers: list[Router], store: Store) -> list:
+def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], store: Store) -> list:
     """One hook on the model's output, which carries a Routing per layer; outside of what torch.compile has compiled."""
     _refuse_compiled(model)
     names = list(inspect.signature(DecoderLM.forward).parameters)[1:]  # a wrapper's own are (*args, **kwargs)
@@ -79,7 +79,7 @@ def _record_decoder_lm(model: nn.Module, routers: list[Router], store: Store) ->
     return [model.register_forward_hook(record, with_kwargs=True)]
 
 
-def _record_transformers(model: nn.Module, routers: list[Router], store: Store) -> list:
+def _record_transformers(model: nn.Module, routers: list[FoundRouter], store: Store) -> list:
     """Hooks on the routers, and on each module that contains all layers: the outermost one called is the forward."""
     for module in model.modules():
         _refuse_compiled(module, also="OptimizedModule")
@@ -215,7 +215,7 @@ def _append(store, routers, decisions, tokens_BT, shape, mask_BS, first: int, pa
     store.append({name: values.to("cpu", FIELDS[name], copy=name in PER_TOKEN) for name, values in chunk.items()})
 
 
-def _containers(model: nn.Module, routers: list[Router]) -> list[nn.Module]:
+def _containers(model: nn.Module, routers: list[FoundRouter]) -> list[nn.Module]:
     """The modules around the list of blocks: the model, and inside it what a user may call instead."""
     path = routers[0].name.split(".")
     depth = next((i for i, part in enumerate(path) if part.isdigit()), 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.model import evaluating
 from ..core.routing import refuse_varying_choices
 from ..files import FORMAT, read_tensors, write_tensors
 
@@ -67,10 +68,8 @@ class RoutingSnapshots:
     @torch.no_grad()
     def __call__(self, step: int, model, row: dict | None = None) -> None:
         """Record one snapshot of a DecoderLM. Raises ValueError for a dense model and where K varies."""
-        was_training = model.training
-        model.eval()
-        routings = model(self.probe_BT.to(next(model.parameters()).device)).routings
-        model.train(was_training)
+        with evaluating(model):
+            routings = model(self.probe_BT.to(next(model.parameters()).device)).routings
         if not routings:
             raise ValueError("the model is dense: there is no routing to keep; train it without RoutingSnapshots")
         for routing in routings:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..routing.adapter import context_length
 from ..routing.intervention import token_losses
 from ..text.stream import padded_batch
 from ..text.tokenizer import _batches, bos_eos, encode_documents
@@ -112,7 +113,8 @@ def score_documents(
     for name in needed:
         if name in models and models[name] is None:
             raise ValueError(f"score={score!r} needs {name}=…, a DecoderLM or a transformers causal LM")
-    seq_len = seq_len or min([_context(models[name]) for name in needed if name in models], default=LONGEST_CONTEXT)
+    contexts = [context_length(models[name].config) for name in needed if name in models]
+    seq_len = seq_len or min([LONGEST_CONTEXT, *contexts])
     options = models | {"seq_len": seq_len, "batch_size": batch_size}
     options = {name: options[name] for name in needed}
     tokenizer = _plain_tokenizer(tokenizer)
@@ -165,11 +167,3 @@ def _windowed_entropy(ids: np.ndarray) -> float:
     # The entropy is log width minus the mean, over a window's tokens, of the log of how often each occurs in it.
     counts = (windows[:, :, None] == windows[:, None, :]).sum(-1)
     return float(1 - np.log(counts).mean() / math.log(width))
-
-
-def _context(model) -> int:
-    config = model.config
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    longest = getattr(config, "seq_len", None) or getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
-    return min(longest, LONGEST_CONTEXT)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..routing.metrics import domain_specialization, router_saturation
-from ..routing.text import route_text, token_texts, twin
 from ..routing.trace import RoutingTrace
+from ..routing.typed_text import route_text, token_texts, twin
 from .panel import Panel, Strip, View, follow_example, text_inputs, visible, wide
 from .routing import plot_expert_matrix
 from .style import expert_colour

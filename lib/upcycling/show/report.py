@@ -18,7 +18,7 @@ import torch
 from ..files import write_text
 from ..routing.load import load_report
 from ..routing.metrics import domain_specialization
-from ..routing.text import token_texts
+from ..routing.typed_text import token_texts
 from .style import expert_colour, ink
 
 _MOST_VALUES = 3_000_000  # probabilities in one file: some 10 MB

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..core.routing import Routing
+from ..core.routing import Routing, by_expert
 from .training import COLOURS
 
 
@@ -19,8 +19,7 @@ def weights_by_expert(routing: Routing) -> Tensor:
     weights_NK = routing.weights_NK.detach()
     if routing.kept_NK is not None:
         weights_NK = weights_NK * routing.kept_NK
-    zeros_NE = weights_NK.new_zeros(routing.probabilities_NE.shape)
-    return zeros_NE.scatter_add(1, routing.expert_ids_NK, weights_NK)
+    return by_expert(weights_NK, routing.expert_ids_NK, routing.probabilities_NE.shape[-1])
 
 
 def plot_choices(routings: Mapping[str, Routing], title: str = "", columns: int = 4):

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import IGNORE
-from ..core.model import DecoderLM
+from ..core.model import DecoderLM, evaluating
 from ..decoding.generation import generate
+from ..routing.adapter import context_length
 from ..routing.intervention import intervene, token_losses
-from ..routing.text import check_ids, context_length, device_of, encode, evaluating, route_text, token_texts, twin
+from ..routing.typed_text import check_ids, device_of, encode, route_text, token_texts, twin
 from .panel import Panel, View, follow_example, text_inputs, visible, wide
 from .routing import plot_token_losses
 
@@ -45,14 +46,14 @@ def measure(model, tokenizer, prompt: str, probe: Mapping[str, tuple], new_token
     Raises ValueError for a prompt that is empty, cannot be encoded, or leaves no room for `new_tokens`.
     """
     ids = encode(tokenizer, prompt)
-    if len(ids) + new_tokens > context_length(model):
+    if len(ids) + new_tokens > context_length(model.config):
         raise ValueError(
             f"the text has {len(ids):,} tokens and {new_tokens} new ones are wanted, but the model's context is "
-            f"{context_length(model):,}; shorten the text"
+            f"{context_length(model.config):,}; shorten the text"
         )
     check_ids(model, ids)
     prompt_BT = torch.tensor([ids], device=device_of(model))
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         if isinstance(model, DecoderLM):
             tokens_BT = generate(model, prompt_BT, new_tokens)
         else:
@@ -133,7 +134,7 @@ class WhatIf(Panel):
             probe = {"the first text": (torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))}
         self._model, self._tokenizer, self._probe, self._new_tokens = twin(model), tokenizer, dict(probe), new_tokens
         self._prompt = None
-        trace, _ = route_text(model, tokenizer, inputs["text"].value, context_length(model))
+        trace, _ = route_text(model, tokenizer, inputs["text"].value, context_length(model.config))
         experts = trace.num_experts
         super().__init__(
             **inputs,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..files import _write_atomically
+from ..files import write_text
 from .tokenizer import _batches, _encode, _framed
 
 # ------------------------------------------------------------------------------------------------ building on disk
@@ -103,7 +103,7 @@ def _one_ahead(function: Callable, items: Iterable) -> Iterator:
 
 
 def _write_record(files: _Files, record: dict) -> None:
-    _write_atomically(files.record, json.dumps(record) + "\n")
+    write_text(files.record, json.dumps(record) + "\n")
 
 
 def _sizes(record: dict) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..files import _write_atomically
+from ..files import write_text
 
 UNKNOWN, START, END = SPECIAL_TOKENS = ("<|unknown|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 
@@ -109,8 +109,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # special strings in a text are text, as in encode_documents
     }
-    _write_atomically(folder / "tokenizer.json", _for_plain_text(tokenizer).to_str(pretty=True))
-    _write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", _for_plain_text(tokenizer).to_str(pretty=True))
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def bos_eos(tokenizer: Tokenizer) -> tuple[int | None, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import IGNORE
+from ..core.model import evaluating
 
 
 @torch.no_grad()
@@ -15,15 +16,13 @@ def evaluate(model, stream, *, batch_size=32, seq_len=None, accelerator=None) ->
     """
     device = next(model.parameters()).device
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for index, (tokens_BT, targets_BT) in enumerate(stream.windows(batch_size, seq_len or model.config.seq_len)):
-        real = int((targets_BT != IGNORE).sum())
-        if index % processes == rank and real:
-            total += model(tokens_BT.to(device), targets_BT.to(device)).loss.item() * real
-            count += real
-    model.train(was_training)
+    with evaluating(model):
+        for index, (tokens_BT, targets_BT) in enumerate(stream.windows(batch_size, seq_len or model.config.seq_len)):
+            real = int((targets_BT != IGNORE).sum())
+            if index % processes == rank and real:
+                total += model(tokens_BT.to(device), targets_BT.to(device)).loss.item() * real
+                count += real
     if processes > 1:
         total, count = accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=device)).tolist()
     return total / count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import IGNORE
-from ..core.model import DecoderLM
+from ..core.model import DecoderLM, evaluating
 
 
 @torch.no_grad()
@@ -43,18 +43,17 @@ def _mean_ffn_inputs(dense: DecoderLM, domain) -> Tensor:
     real_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if targets_BT is None else targets_BT != IGNORE
     if not real_BT.any():
         raise ValueError("a domain has no tokens; leave it out or give it texts")
-    device, training = dense.token_embedding.weight.device, dense.training
+    device = dense.token_embedding.weight.device
     sums_LD = torch.zeros(dense.config.n_layers, dense.config.d_model, dtype=torch.float64)
     seen: list[Tensor] = []
     hooks = [block.ffn_norm.register_forward_hook(lambda *call: seen.append(call[-1])) for block in dense.blocks]
-    dense.eval()
     try:
-        for tokens, real in zip(tokens_BT.split(32), real_BT.split(32), strict=True):
-            seen.clear()
-            dense(tokens.to(device))
-            sums_LD += torch.stack([x_BTD[real.to(device)].double().sum(0).cpu() for x_BTD in seen])
+        with evaluating(dense):
+            for tokens, real in zip(tokens_BT.split(32), real_BT.split(32), strict=True):
+                seen.clear()
+                dense(tokens.to(device))
+                sums_LD += torch.stack([x_BTD[real.to(device)].double().sum(0).cpu() for x_BTD in seen])
     finally:
-        dense.train(training)
         for hook in hooks:
             hook.remove()
     return sums_LD / real_BT.sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import IGNORE
 from ..core.config import MoEConfig
 from ..core.initialisation import Copy, Drop, Noise, Permute, weights_sum_to_1
-from ..core.model import DecoderLM
+from ..core.model import DecoderLM, evaluating
 from ..core.shards import Granular, Partition
 from ..core.transfer import initialisation, upcycle
 
@@ -48,14 +48,13 @@ def initial_jumps(before: DecoderLM, after: Mapping, windows, seed: int = 0, bat
 
 def _evaluate(model: DecoderLM, batches: list[tuple[Tensor, Tensor]]) -> tuple[float, list[Tensor]]:
     """The loss in nats per target, in eval mode, and the logits of each batch."""
-    device, training = model.token_embedding.weight.device, model.training
+    device = model.token_embedding.weight.device
     total, count, logits = 0.0, 0, []
-    model.eval()
-    for tokens_BT, targets_BT in batches:
-        out, real = model(tokens_BT.to(device), targets_BT.to(device)), int((targets_BT != IGNORE).sum())
-        total, count = total + out.loss.item() * real, count + real
-        logits.append(out.logits_BTV)
-    model.train(training)
+    with evaluating(model):
+        for tokens_BT, targets_BT in batches:
+            out, real = model(tokens_BT.to(device), targets_BT.to(device)), int((targets_BT != IGNORE).sum())
+            total, count = total + out.loss.item() * real, count + real
+            logits.append(out.logits_BTV)
     return total / count, logits
 
 

@@ -5,15 +5,15 @@ Every way in which a typed text can be wrong is a ValueError of one sentence her
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
 
 import torch
 
-from ..core.model import DecoderLM
+from ..core.model import evaluating
 from ..text.tokenizer import encode_prompt
+from .adapter import context_length
 from .record import record_routing
 from .trace import RoutingTrace
 
@@ -54,13 +54,13 @@ def route_text(model, tokenizer, text: str, max_tokens: int = 256) -> tuple[Rout
     Raises ValueError, one sentence, for a text that is empty, cannot be encoded or does not fit.
     """
     ids = encode(tokenizer, text)
-    context = context_length(model)
+    context = context_length(model.config)
     if len(ids) > context:
         raise ValueError(f"the text has {len(ids):,} tokens but the model's context is {context:,}; shorten it")
     if len(ids) > max_tokens:
         raise ValueError(f"the text has {len(ids):,} tokens, this panel shows at most {max_tokens:,}; shorten it")
     check_ids(model, ids)
-    with evaluating(model), record_routing(model) as trace:
+    with evaluating(model), torch.no_grad(), record_routing(model) as trace:
         model(torch.tensor([ids], device=device_of(model)))
     return trace, token_texts(tokenizer, ids)
 
@@ -71,24 +71,8 @@ def check_ids(model, ids: Sequence[int]) -> None:
         raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {size}; is this its tokenizer?")
 
 
-def context_length(model) -> int:
-    config = model.config
-    return config.seq_len if isinstance(model, DecoderLM) else getattr(config, "max_position_embeddings", None) or 2**31
-
-
 def device_of(model):
     return next(model.parameters()).device
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def twin(model):
