@@ -195,7 +195,7 @@ def run(paths: list[Path], out: Path | None) -> list[tuple[str, float, str]]:
 
     stamp = None
     if out is None:
-        from upcycling.environment import provenance
+        from fingerprint import provenance
 
         stamp = provenance()
     rows = []

@@ -26,7 +26,7 @@ CELL_TIMEOUT = 900  # seconds
 def tier(stamps: list[dict], here: dict, wish: str | None) -> tuple[str, str]:
     """(nbval's option, why): strict where the saved outputs can be met to the last digit, lax elsewhere.
 
-    stamps: the notebooks' `upcycling` metadata; here: `environment.provenance()`; wish: UPCYCLING_STRICT, if set.
+    stamps: the notebooks' `upcycling` metadata; here: `fingerprint.provenance()`; wish: UPCYCLING_STRICT, if set.
     Lax runs every cell too, and compares those tagged `nbval-check-output`.
     """
     if wish in ("0", "1"):
@@ -43,7 +43,7 @@ def tier(stamps: list[dict], here: dict, wish: str | None) -> tuple[str, str]:
 def choose_tier() -> tuple[str, str]:
     import nbformat
 
-    from upcycling.environment import provenance
+    from fingerprint import provenance
 
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
     stamps = [nbformat.read(path, as_version=4).metadata.get("upcycling", {}) for path in paths]

@@ -1,7 +1,7 @@
 """requirements.txt, environment.yml and pyproject.toml agree; the pins agree with one another on every platform."""
 
+import ast
 import importlib.metadata as metadata
-import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from upcycling import environment
+from upcycling.experiments.series import artifacts_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORMS = [
@@ -151,40 +152,77 @@ def test_the_check_without_the_library(monkeypatch, capsys):
     assert "[!!] upcycling is not installed: run `make setup`" in capsys.readouterr().out
 
 
-def test_fingerprint_repeats_and_leaves_random_numbers_alone():
-    import torch
-
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    first = environment.arithmetic_fingerprint()
-    assert torch.equal(torch.rand(3), expected)
-    assert environment.arithmetic_fingerprint() == first
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other builds of torch have one kernel only")
-def test_fingerprint_sees_another_cpu():
-    code = "from upcycling.environment import arithmetic_fingerprint as f; print(f())"
-    env = dict(os.environ, ATEN_CPU_CAPABILITY="default")
-    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert other.stdout.strip() != environment.arithmetic_fingerprint()
-
-
-def test_colab_keeps_its_torch(project):
-    """The library comes without dependencies; those that are named are ours but for torch and the numpy it has."""
+def test_colab_keeps_its_torch_within_the_bounds(project):
+    """One pip line: the bounds of pyproject.toml, nothing replaced that they admit, and torchvision in step."""
     lines = environment.COLAB_CELL.splitlines()
     guard = lines.index(next(line for line in lines if line.startswith("if ")))
     assert lines[guard].startswith('if "google.colab" in sys.modules:')
     assert all(line.startswith((" ", "import ")) or not line for line in lines[:guard] + lines[guard + 1 :])
-    installs = [line.split("pip install -q ")[1] for line in lines if "pip install" in line]
-    *named, library = installs
-    assert library.startswith("--no-deps -e")
-    ours = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
-    named = {requirement.name: requirement for requirement in map(Requirement, shlex.split(" ".join(named)))}
-    assert set(named) == set(ours) - {"torch", "numpy"}
-    for name, requirement in named.items():  # an older one that Colab has is replaced where ours would not do
-        assert set(map(str, requirement.specifier)) <= set(map(str, ours[name].specifier)), name
-    assert ">=" in str(named["transformers"].specifier), "router classes and tensor names are those of release 5"
+    (install,) = [line.split("pip install ")[1] for line in lines if "pip install" in line]
+    assert shlex.split(install) == ["-q", "-e", "/content/upcycling", "torchvision"]
+    bounds = {requirement.name: requirement.specifier for requirement in map(Requirement, project["dependencies"])}
+    assert not bounds["torch"].contains("2.14.0") and not bounds["torch"].contains("3.0")
+    for name, version in {"ipython": "7.34.0", "ipywidgets": "7.7.1", "numpy": "2.0.2", "psutil": "5.9.5"}.items():
+        assert bounds[name].contains(version), f"Colab's {name} {version} would be replaced under the running kernel"
+
+
+def checkout(folder, name="upcycling"):
+    (folder / "notebooks" / "results").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text().replace('"upcycling"', f'"{name}"', 1))
+    return folder
+
+
+def test_a_clone_keeps_what_its_own_notebooks_make(tmp_path, monkeypatch):
+    """Whatever environment runs them: here the library itself lies in another checkout."""
+    clone = checkout(tmp_path / "clone")
+    monkeypatch.delenv("UPCYCLING_ARTIFACTS", raising=False)
+    for folder in (clone, clone / "notebooks", clone / "notebooks" / "results"):
+        monkeypatch.chdir(folder)
+        assert environment.project_folder() == clone
+        assert artifacts_dir() == clone / "artifacts"
+    monkeypatch.setenv("UPCYCLING_ARTIFACTS", str(tmp_path / "elsewhere"))
+    assert artifacts_dir() == tmp_path / "elsewhere"
+
+
+def test_outside_a_checkout_the_working_folder_is_the_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("UPCYCLING_ARTIFACTS", raising=False)
+    other_project = checkout(tmp_path / "other", name="another")
+    for folder in (tmp_path, other_project, other_project / "notebooks"):
+        monkeypatch.chdir(folder)
+        assert artifacts_dir() == folder / "artifacts"
+
+
+def imported(folder):
+    """Top-level names that the modules of a folder import, those inside functions too -> one file that does."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            found |= {name.split(".")[0]: path for name in names}
+    return found
+
+
+def test_what_is_imported_is_declared(project):
+    extras = project["optional-dependencies"]
+    library = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    everything = library | {canonicalize_name(Requirement(line).name) for line in extras["dev"]}
+    packages = metadata.packages_distributions()
+    own = {"upcycling"} | {path.stem for place in ("tools", "lib/tests") for path in (ROOT / place).rglob("*.py")}
+    for folder, declared in (
+        (ROOT / "lib" / "upcycling", library),
+        (ROOT / "tools", everything),
+        (ROOT / "lib" / "tests", everything),
+    ):
+        own = {path.stem for place in ("lib", "tools", "lib/tests") for path in (ROOT / place).rglob("*.py")} | {
+            "upcycling"
+        }
+        for name, path in imported(folder).items():
+            if name in sys.stdlib_module_names or name in own:
+                continue
+            candidates = {canonicalize_name(package) for package in packages.get(name, [name])}
+            assert candidates & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not name"
 
 
 def test_import_costs_little_more_than_torch():

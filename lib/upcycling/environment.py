@@ -1,38 +1,49 @@
-"""Does this machine have what the notebooks need? Notebook 00 prints the answer.
-
-Also here: what identifies the arithmetic of a machine (saved outputs are compared to the last digit only where it is
-the same), and the cell that prepares Google Colab.
-"""
+"""Does this machine have what the notebooks need, and where do they keep what they make? And Google Colab's cell."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # of the repository, when the library is used from there
 GIGABYTES_FREE = 1.0  # what one run of the series writes to artifacts/, with room to spare
 
-# The first code cell of every notebook. Colab keeps its own torch: the library is installed without its dependencies,
-# and those are named without versions, so that pip adds what is missing and replaces nothing.
+# Packages that others bring along; check_environment names them only where something is wrong with them.
+_BROUGHT_ALONG = {"filelock", "huggingface_hub", "ipython", "packaging", "pillow", "psutil", "typer"}
+
+# The first code cell of every notebook. pip leaves alone what Colab has within pyproject.toml's bounds. torchvision is
+# named since each of its releases fits one torch only, and transformers imports it where it finds it.
 COLAB_CELL = """\
 import os
 import sys
 
-if "google.colab" in sys.modules:  # Google Colab: fetch the library, keep the torch that is there
+if "google.colab" in sys.modules:  # Google Colab: fetch the library
     REPOSITORY = "https://github.com/..."  # the address of the repository that holds this notebook
     if not os.path.isdir("/content/upcycling"):
         !git clone -q --depth 1 {REPOSITORY} /content/upcycling
-    !pip install -q accelerate datasets datasketch ipywidgets matplotlib
-    !pip install -q safetensors tokenizers tqdm 'transformers>=5.23'
-    !pip install -q --no-deps -e /content/upcycling
+    # Colab's torch stays, unless it is newer than the library knows: then the newest that it knows
+    !pip install -q -e /content/upcycling torchvision
     sys.path.insert(0, "/content/upcycling/lib")
     os.chdir("/content/upcycling/notebooks")"""
+
+
+def project_folder() -> Path:
+    """The checkout of this project that the working folder lies in; where there is none, the working folder itself.
+
+    Stored results and `artifacts/` are looked for there: a clone's notebooks use that clone's, whichever checkout's
+    environment runs them, and an installed library never writes beside its own modules.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        project, named = folder / "pyproject.toml", rb'^name = "upcycling"\s*$'
+        if (folder / "notebooks").is_dir() and project.is_file() and re.search(named, project.read_bytes(), re.M):
+            return folder
+    return here
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,10 @@ def _packages():
                 False,
                 f"{name} {version} is not {requirement.specifier}: run `make setup`, or pip install '{requirement}'",
             )
-        elif name != "torch":
-            yield True, f"{name} {version}"
-        else:
+        elif name == "torch":
             yield _torch(version)
+        elif name not in _BROUGHT_ALONG:
+            yield True, f"{name} {version}"
 
 
 def _torch(version: str):
@@ -101,11 +112,13 @@ def _notes():
         yield "this is the system's Python, not the project's .venv: start with `make lab` or choose .venv as kernel"
 
 
-def check_environment(folder: str | os.PathLike = ROOT) -> EnvironmentReport:
+def check_environment(folder: str | os.PathLike | None = None) -> EnvironmentReport:
     """Prints an `[OK]` line for each thing that the notebooks need; `[!!]` lines say what to do about the others.
 
-    folder: where artifacts will be written; its free disk space is checked. `[--]` lines are remarks. Returns a report.
+    folder: where artifacts will be written (default: `project_folder()`); its free disk space is checked. `[--]` lines
+    are remarks. Returns a report.
     """
+    folder = folder or project_folder()
     found = [(sys.version_info >= (3, 10), f"Python {platform.python_version()}")]
     if not found[0][0]:
         found = [(False, f"Python {platform.python_version()} is too old: install 3.11 or newer and run `make setup`")]
@@ -119,55 +132,3 @@ def check_environment(folder: str | os.PathLike = ROOT) -> EnvironmentReport:
     ok = all(ok for ok, _ in found)
     print("\n".join([*lines, f"environment ok: {ok}"]))
     return EnvironmentReport(tuple(lines), ok)
-
-
-def arithmetic_fingerprint() -> str:
-    """Twelve hexadecimal digits that are equal on machines whose float32 training steps agree to the last bit.
-
-    Trains a tiny network (normalisation, attention, feed-forward) for a few steps on one thread and hashes the bits of
-    its weights. CPUs choose different kernels, which round differently; a version number or a CPU's name does not tell.
-    """
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            x = torch.randn(8, 96, 96)
-            norm, qkv, out = nn.LayerNorm(96), nn.Linear(96, 288), nn.Linear(96, 96)
-            ffn, head = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96), nn.SiLU()), nn.Linear(96, 2048)
-            target = torch.randint(2048, (8 * 96,))
-            parameters = [p for module in (norm, qkv, out, ffn, head) for p in module.parameters()]
-            for _ in range(3):
-                q, k, v = qkv(norm(x)).view(8, 96, 3, 4, 24).permute(2, 0, 3, 1, 4)
-                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(8, 96, 96)
-                hidden = x + out(attended)
-                loss = F.cross_entropy(head(hidden + ffn(F.rms_norm(hidden, (96,)))).flatten(0, 1), target)
-                gradients = torch.autograd.grad(loss, parameters)
-                with torch.no_grad():
-                    for parameter, gradient in zip(parameters, gradients):
-                        parameter -= 0.1 * gradient / (gradient.square().mean().sqrt() + 1e-8)
-    finally:
-        torch.set_num_threads(threads)
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def provenance() -> dict[str, str]:
-    """The versions and the arithmetic of this machine; stamped into a notebook's metadata when outputs are saved."""
-    import torch
-
-    names = ("numpy", "transformers", "datasets", "tokenizers", "accelerate")
-    versions = {name: metadata.version(name) for name in names}
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
-        "torch": torch.__version__,
-        **versions,
-        "arithmetic": arithmetic_fingerprint(),
-    }

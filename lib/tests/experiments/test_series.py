@@ -11,7 +11,6 @@ from tiny import SHORT, TINY
 
 from upcycling.core.config import ModelConfig
 from upcycling.core.model import DecoderLM
-from upcycling.experiments import series as series_module
 from upcycling.experiments.presets import PRESETS
 from upcycling.experiments.series import Series, artifacts_dir, load_series, new_model
 from upcycling.text.corpus import entropy_floor, load_corpus
@@ -200,7 +199,7 @@ def test_a_relative_path_is_relative_to_here_or_to_the_repository(local_corpus, 
     assert len(load_series("tiny", f"./{local_corpus.name}").corpus["train"]) > 200
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    monkeypatch.setattr(series_module, "ROOT", local_corpus.parent)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "upcycling"\n')
     assert len(load_series("tiny", local_corpus.name).corpus["train"]) > 200
     with pytest.raises(FileNotFoundError, match="nowhere"):
         _ = load_series("tiny", "./nowhere.txt").corpus

@@ -24,6 +24,7 @@ from ..core.config import ModelConfig
 from ..core.initialisation import Copy
 from ..core.model import DecoderLM
 from ..core.transfer import initialisation, upcycle
+from ..environment import project_folder
 from ..routing.snapshots import RoutingSnapshots
 from ..training.config import TrainConfig
 from ..training.loop import train
@@ -33,12 +34,10 @@ from .presets import PRESETS, Preset
 if TYPE_CHECKING:
     from .arms import Arm
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def artifacts_dir() -> Path:
-    """Where made things are kept: UPCYCLING_ARTIFACTS, or `artifacts/` in the repository."""
-    return Path(os.environ.get("UPCYCLING_ARTIFACTS") or ROOT / "artifacts").expanduser().resolve()
+    """Where made things are kept: UPCYCLING_ARTIFACTS, or `artifacts/` in the checkout or folder one works in."""
+    return Path(os.environ.get("UPCYCLING_ARTIFACTS") or project_folder() / "artifacts").expanduser().resolve()
 
 
 def key_of(*parts) -> str:
@@ -263,7 +262,7 @@ def add_series_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _resolve(corpus_name: str) -> str:
     """A relative path means relative to where the command was typed, or to the repository (notebooks run elsewhere)."""
-    for base in (Path.cwd(), ROOT):
+    for base in (Path.cwd(), project_folder()):
         if (base / corpus_name).exists():
             return str((base / corpus_name).resolve())
     return corpus_name
