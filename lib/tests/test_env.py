@@ -162,7 +162,13 @@ def test_colab_keeps_its_torch_within_the_bounds(project):
     assert shlex.split(install) == ["-q", "-e", "/content/upcycling", "torchvision"]
     bounds = {requirement.name: requirement.specifier for requirement in map(Requirement, project["dependencies"])}
     assert not bounds["torch"].contains("2.14.0") and not bounds["torch"].contains("3.0")
-    for name, version in {"ipython": "7.34.0", "ipywidgets": "7.7.1", "numpy": "2.0.2", "psutil": "5.9.5"}.items():
+    for name, version in {
+        "ipython": "7.34.0",
+        "ipywidgets": "7.7.1",
+        "numpy": "2.0.2",
+        "pandas": "2.2.2",
+        "psutil": "5.9.5",
+    }.items():
         assert bounds[name].contains(version), f"Colab's {name} {version} would be replaced under the running kernel"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 GIGABYTES_FREE = 1.0  # what one run of the series writes to artifacts/, with room to spare
 
 # Packages that others bring along; check_environment names them only where something is wrong with them.
-_BROUGHT_ALONG = {"filelock", "huggingface_hub", "ipython", "packaging", "pillow", "psutil", "typer"}
+_BROUGHT_ALONG = {"filelock", "huggingface_hub", "ipython", "packaging", "pandas", "pillow", "psutil", "typer"}
 
 # The first code cell of every notebook. pip leaves alone what Colab has within pyproject.toml's bounds. torchvision is
 # named since each of its releases fits one torch only, and transformers imports it where it finds it.
