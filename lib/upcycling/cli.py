@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _inspect(options) if inspecting else _convert(options)
     except (OSError, ValueError) as error:
-        from .hf.weight_files import on_one_line
+        from .hf.sources import on_one_line
 
         print(f"error: {on_one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
@@ -149,8 +149,7 @@ def _layer_numbers(choice, model: str) -> Iterable[int] | None:
     """The indices of the MoE layers; None for all."""
     if choice not in ("even", "odd"):
         return None if choice == "all" else choice
-    from .hf.plan import read_config
-    from .hf.weight_files import naming, open_source
+    from .hf.sources import naming, open_source, read_config
 
     folder = open_source(model)
     with naming(folder / "config.json"):

@@ -22,8 +22,10 @@ from upcycling.hf import weight_files  # noqa: E402
 from upcycling.hf.convert import convert, prepare  # noqa: E402
 from upcycling.hf.families.engine import hub_tensors  # noqa: E402
 from upcycling.hf.layerwise import layerwise_logits  # noqa: E402
+from upcycling.hf.output.partial import sha256  # noqa: E402
+from upcycling.hf.sources import open_source  # noqa: E402
 from upcycling.hf.upcycle_pretrained import upcycle_pretrained  # noqa: E402
-from upcycling.hf.weight_files import WeightFiles, open_source  # noqa: E402
+from upcycling.hf.weight_files import WeightFiles  # noqa: E402
 
 STORIES = Path(__file__).resolve().parents[3].parent / "shared/data/stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real tiny model is not here")
@@ -199,7 +201,7 @@ def test_receipt_and_model_card(llama, tmp_path):
     assert (record["source"], record["target"]) == ("LlamaForCausalLM", "MixtralForCausalLM")
     assert record["conversion"]["num_experts"] == E and record["settings"]["num_experts_per_tok"] == 2
     assert record["versions"]["transformers"] == transformers.__version__
-    digests = {path.name: conversion._sha256(path) for path in (tmp_path / "moe").glob("*.safetensors")}
+    digests = {path.name: sha256(path) for path in (tmp_path / "moe").glob("*.safetensors")}
     assert record["weights"] == digests
     _, front, body = (tmp_path / "moe/README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
@@ -364,13 +366,13 @@ def test_another_function_is_refused_and_leaves_nothing_that_loads(kind, break_i
 
 
 def test_bytes_that_are_not_those_written_are_noticed(llama, tmp_path, monkeypatch):
-    write = conversion._write_companions
+    write = conversion.write_companions
 
     def write_and_damage(job):
         write(job)
         damage(job.partial / job.shards[0].file)
 
-    monkeypatch.setattr(conversion, "_write_companions", write_and_damage)
+    monkeypatch.setattr(conversion, "write_companions", write_and_damage)
     with pytest.raises(OSError, match="not read back"):
         convert(llama, tmp_path / "moe", E, 2, progress=False, verify_memory=0)
 
@@ -483,7 +485,7 @@ def test_only_files_of_a_conversion_are_deleted(llama, tmp_path):
 
 def test_two_conversions_do_not_write_one_folder(llama, tmp_path, monkeypatch):
     first, second = (prepare(llama, tmp_path / "moe", E, 2, seed=seed) for seed in (0, 1))
-    write, tried = conversion._write_companions, []
+    write, tried = conversion.write_companions, []
 
     def meanwhile(job):
         with pytest.raises(FileExistsError, match=r"another conversion is writing .*moe"):
@@ -491,7 +493,7 @@ def test_two_conversions_do_not_write_one_folder(llama, tmp_path, monkeypatch):
         tried.append(job)
         write(job)
 
-    monkeypatch.setattr(conversion, "_write_companions", meanwhile)
+    monkeypatch.setattr(conversion, "write_companions", meanwhile)
     first.run(verify=False, progress=False)
     assert tried == [first]
     with pytest.raises(FileExistsError, match="not empty"):  # it was prepared while there was none

@@ -6,22 +6,12 @@ from tiny_transformers import TINY
 
 transformers = pytest.importorskip("transformers")
 
-from upcycling.hf.families.base import (  # noqa: E402
-    Fields,
-    Initialisation,
-    MoEClass,
-    Refusal,
-    Target,
-    expert,
-    experts,
-    filled,
-    kept,
-    router,
-    rows,
-)
+from upcycling.hf.families import FAMILIES  # noqa: E402
+from upcycling.hf.families.base import Fields, Initialisation, MoEClass, Refusal, Rule, Target, kept  # noqa: E402
+from upcycling.hf.families.classes import rows  # noqa: E402
 from upcycling.hf.families.engine import build, configure, hub_shapes  # noqa: E402
 from upcycling.hf.families.rules import MIXTRAL  # noqa: E402
-from upcycling.hf.plan import all_families, plan  # noqa: E402
+from upcycling.hf.plan import plan  # noqa: E402
 
 HOW = Initialisation(num_experts=3)
 LAYER = "model.layers.{layer}."
@@ -31,7 +21,7 @@ SPARSE = {"embed": (7, 4)} | {
     for i in (1, 0)
     for name, shape in {"experts.0.up": (6, 4), "experts.1.up": (6, 4), "experts.2.up": (6, 4), "gate": (3, 4)}.items()
 }
-TABLE = {LAYER + "experts.{expert}.up": expert(LAYER + "up"), LAYER + "gate": router()}
+TABLE = {LAYER + "experts.{expert}.up": Rule("expert", (LAYER + "up",)), LAYER + "gate": Rule("router")}
 
 
 def target(table):
@@ -62,7 +52,7 @@ def test_a_tensor_without_a_place_or_a_source_is_named():
 
 
 def test_the_familys_table_comes_before_the_classs():
-    made = build(Target(MoEClass("SomeMoE", TABLE), {LAYER + "gate": filled(2.0)}), DENSE, SPARSE, HOW)
+    made = build(Target(MoEClass("SomeMoE", TABLE), {LAYER + "gate": Rule("new", value=2.0)}), DENSE, SPARSE, HOW)
     gate = next(tensor for tensor in made if tensor.name == "model.layers.0.gate")
     assert torch.equal(gate.make(), torch.full((3, 4), 2.0))
 
@@ -71,8 +61,8 @@ def test_what_the_rules_make():
     up, gate = torch.randn(6, 4), torch.randn(6, 4)
     shapes = {"packed": (3, 12, 4), "one": (6, 4), "norm": (6, 4)}
     table = {
-        "packed": experts("gate", "up", transform=rows),
-        "one": expert("up"),
+        "packed": Rule("experts", ("gate", "up"), rows),
+        "one": Rule("expert", ("up",)),
         "norm": kept("gate", transform=lambda w: w + 1),
     }
     packed, one, norm = build(target(table), {"gate": (6, 4), "up": (6, 4)}, shapes, HOW)
@@ -140,7 +130,7 @@ def test_tied_tensors_appear_once():
 
 
 def test_every_family_has_a_tiny_configuration():
-    assert set(TINY) == set(all_families())
+    assert set(TINY) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("experts_of", [1, 64])

@@ -19,9 +19,10 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from upcycling.hf.decoder_lm import from_hf  # noqa: E402
+from upcycling.hf.families import FAMILIES  # noqa: E402
 from upcycling.hf.families.base import Refusal  # noqa: E402
 from upcycling.hf.families.engine import hub_tensors  # noqa: E402
-from upcycling.hf.plan import all_families, plan  # noqa: E402
+from upcycling.hf.plan import plan  # noqa: E402
 from upcycling.hf.receipt import verify  # noqa: E402
 from upcycling.hf.upcycle_pretrained import upcycle_pretrained  # noqa: E402
 
@@ -33,7 +34,7 @@ E, T = 4, 24
 # Lfm2Moe adds 1e-6 to the sum of its sigmoid scores: a wide router, whose scores may be small, would show it
 ROUTER_STD = {"lfm2": 0.02}
 
-VARIANTS = [(kind, i) for kind in sorted(all_families()) for i in range(len(TINY.get(kind, [{}])))]
+VARIANTS = [(kind, i) for kind in sorted(FAMILIES) for i in range(len(TINY.get(kind, [{}])))]
 
 
 def tiny_values(kind, variant=0):
@@ -240,7 +241,7 @@ def test_flip_every_field(kind, variant):
     assert not untried, f"no other value of {untried} was tried: add some to alternatives()"
 
 
-@pytest.mark.parametrize("kind", sorted(all_families()))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_an_unknown_field_is_refused_by_name(kind):
     assert outcome(kind, {**tiny_values(kind), "made_up_scale": 2.0}, ["made_up_scale"]) == "refused"
     assert outcome(kind, {**tiny_values(kind), "made_up_scale": None}, ["made_up_scale"]) == "equal"

@@ -10,17 +10,20 @@ Shapes: L MoE layers.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..checks import _one_of
 from ..core.moe import MoELayer
 from ..routing.adapter import TransformersLM, as_decoder_lm, block_size
 from ..routing.gradient import Diagnosis, diagnose_router, expert_weights, router_weights
@@ -76,9 +79,10 @@ class ContinuedResult(ShownAsTable):
 
 
 def continue_pretraining(
-    model, train_stream: TokenStream, validation_stream: TokenStream, config: TrainConfig, *,
+    model: nn.Module, train_stream: TokenStream, validation_stream: TokenStream, config: TrainConfig, *,
     parameters: str = "all", block: int | None = None, aux_weight: float | None = None, beta: float = 1.0,
-    directory=None, resume: bool = True, progress: bool = True, callbacks=(), verbose: bool = True,
+    directory: str | os.PathLike | None = None, resume: bool = True, progress: bool = True,
+    callbacks: Sequence[Callable] = (), verbose: bool = True,
 ) -> ContinuedResult:  # fmt: skip
     """Train an MoE, a `DecoderLM` or a transformers causal MoE, in place, and leave it in eval mode where it was.
 
@@ -104,8 +108,7 @@ def continue_pretraining(
     model, streams that do not fit the model or share documents, a stream shorter than a block, weights that are not
     float32; TypeError for what is no model; and what `train` raises.
     """
-    if parameters not in PARAMETERS:
-        raise ValueError(f"parameters={parameters!r} is unknown; choose one of {', '.join(map(repr, PARAMETERS))}")
+    _one_of("parameters", parameters, PARAMETERS)
     wrapped = as_decoder_lm(model, block)
     chosen = _chosen(model, parameters)
     block = block_size(model, block)
@@ -160,7 +163,7 @@ def _check_weights(chosen: list[nn.Parameter], parameters: str) -> None:
             )
 
 
-def _check_streams(model, train_stream: TokenStream, validation_stream: TokenStream) -> None:
+def _check_streams(model: nn.Module, train_stream: TokenStream, validation_stream: TokenStream) -> None:
     for name, stream in (("training", train_stream), ("validation", validation_stream)):
         if stream.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -207,7 +210,7 @@ def _warn_if_stuck(diagnosis: Diagnosis, parameters: str) -> None:
 
 
 @contextmanager
-def _training_only(model: nn.Module, chosen: list[nn.Parameter]):
+def _training_only(model: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
     """Freeze all but the chosen weights, and restore what asked for a gradient before."""
     asked = [weight for weight in model.parameters() if weight.requires_grad]
     keep = {id(weight) for weight in chosen}
@@ -221,7 +224,7 @@ def _training_only(model: nn.Module, chosen: list[nn.Parameter]):
 
 
 @contextmanager
-def _balance_weight(model, aux_weight: float | None):
+def _balance_weight(model: nn.Module, aux_weight: float | None) -> Iterator[None]:
     """Train with this weight of the balance loss; a DecoderLM gets its own configuration back."""
     config = model.config
     if aux_weight is not None and isinstance(model, TransformersLM):
@@ -287,24 +290,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _continue_folder(folder, out, corpus, documents, settings: dict, ours: dict) -> ContinuedResult:
+def _continue_folder(
+    folder: str, out: str, corpus: str, documents: int | None, settings: dict[str, Any], ours: dict[str, Any]
+) -> ContinuedResult:
     """Load, tokenize, train, save. The weights are trained in float32 and saved in the dtype that they came in."""
     from ..text.corpus import load_corpus
     from ..text.tokenizer import load_tokenizer
-    from .plan import load_dense, read_config
-    from .weight_files import load_tokenizer as load_transformers_tokenizer
+    from .sources import folder_tokenizer, load_dense, read_config
 
-    out, config = Path(out), TrainConfig(**settings)
-    if out.resolve() == Path(folder).resolve():
+    into, config = Path(out), TrainConfig(**settings)
+    if into.resolve() == Path(folder).resolve():
         raise ValueError(f"{out} is the model's own folder; give a new one")
     model = load_dense(folder, torch.float32)  # any causal model's folder
     dtype = read_config(folder).dtype
     splits = load_corpus(corpus, documents=documents)
     tokenizer = load_tokenizer(folder)
-    streams = [TokenStream.build(splits[name], tokenizer, out / "training") for name in ("train", "validation")]
-    result = continue_pretraining(model, *streams, config, directory=out / "training", **ours)
+    streams = [TokenStream.build(splits[name], tokenizer, into / "training") for name in ("train", "validation")]
+    result = continue_pretraining(model, *streams, config, directory=into / "training", **ours)
     model.to(dtype or torch.float32).save_pretrained(out)
-    load_transformers_tokenizer(folder).save_pretrained(out)
+    folder_tokenizer(folder).save_pretrained(out)
     return result
 
 

@@ -11,41 +11,46 @@ same settings keeps the weight files that are complete (their SHA-256 is in the 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import __version__
 from ..files import write_text
-from .card import model_card, receipt_record
-from .families.base import Refusal
 from .families.engine import hub_shapes
 from .layerwise import WHOLE_ONLY, verify_layerwise
-from .plan import Plan, plan, read_config
+from .output.card import model_card, receipt_record
+from .output.partial import (
+    MANIFEST,
+    PENDING,
+    RECEIPT,
+    alone,
+    check_place,
+    open_partial,
+    partial_of,
+    read_manifest,
+    write_companions,
+    write_manifest,
+)  # fmt: skip
+from .output.shards import MAX_SHARD_SIZE, Entry, Shard, plan_shards
+from .plan import MOST_EXPERTS, Plan, plan
 from .receipt import Receipt
 from .receipt import verify as verify_models
-from .shards import INDEX, MAX_SHARD_SIZE, Entry, Shard, plan_shards
-from .weight_files import COMPANIONS, WeightFiles, _quiet, load_tokenizer, naming, on_one_line, open_source, read_json
+from .sources import COMPANIONS, folder_tokenizer, in_bytes, naming, on_one_line, open_source, quiet, read_config
+from .weight_files import WeightFiles, as_bytes, read_json
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 VERIFY_MEMORY = 2 * 10**9  # bytes; a pair of models that needs more in float32 is verified layer by layer
-RECEIPT = "upcycling_receipt.json"
-MANIFEST = "conversion.json"
-PENDING = "config.json.pending"  # the configuration's name until everything is verified
-# Everything that a conversion writes, as patterns; nothing else is ever deleted.
-OWN = (
-    *(MANIFEST, PENDING, "config.json", RECEIPT, "README.md", "model.safetensors", "model-*-of-*.safetensors", INDEX),
-    *("additional_chat_templates", *COMPANIONS),
-)
-MAX_EXPERTS = 4096  # planning takes a while for each; the largest models have some hundreds
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Conversion:
     out: Path
     plan: Plan
     shards: tuple[Shard, ...]
-    settings: dict  # what a resumed run must share
+    settings: dict[str, Any]  # what a resumed run must share
 
     @property
     def from_hub(self) -> bool:
@@ -70,7 +75,7 @@ class Conversion:
 
     @property
     def partial(self) -> Path:
-        return _partial(self.out)
+        return partial_of(self.out)
 
     @property
     def bytes(self) -> int:
@@ -98,7 +103,7 @@ class Conversion:
         """About as many bytes as the comparison takes: both models, or one layer while it is being loaded."""
         if self.verified_whole(VERIFY_MEMORY):
             return self.float32_bytes
-        layers = Counter()
+        layers: Counter[int | None] = Counter()
         for tensor in self.plan.tensors:
             layers[tensor.layer] += math.prod(tensor.shape)
         return 8 * max(layers.values())
@@ -110,7 +115,7 @@ class Conversion:
     @property
     def finished(self) -> dict[str, str]:
         """Weight files of an interrupted run with these settings: name -> SHA-256 as recorded, not checked yet."""
-        manifest = _read_manifest(self.partial)
+        manifest = read_manifest(self.partial)
         return manifest["shards"] if manifest and manifest["settings"] == self.settings else {}
 
     @property
@@ -149,17 +154,17 @@ class Conversion:
     def run(self, *, verify: bool = True, verify_memory: int = VERIFY_MEMORY, progress: bool = True) -> Receipt | None:
         """Carry it out; see `convert`."""
         self.check_disk()
-        with _alone(self):
+        with alone(self):
             return self._run(verify, verify_memory, progress)
 
     def _run(self, verify: bool, verify_memory: int, progress: bool) -> Receipt | None:
-        _check_place(self.out)  # once more: another conversion may have ended since
-        digests = _write_weights(self, _open_partial(self), progress)
-        _write_companions(self)
+        check_place(self.out)  # once more: another conversion may have ended since
+        digests = _write_weights(self, open_partial(self), progress)
+        write_companions(self)
         receipt = _verify(self, verify_memory, progress) if verify else None
         broken = receipt is not None and math.isnan(receipt.max_abs_diff)
         if broken or (receipt is not None and not receipt.passed and self.plan.init == "copy"):
-            raise ValueError(f"{receipt._verdict()}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
+            raise ValueError(f"{receipt.verdict}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
         write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
         write_text(self.partial / "README.md", model_card(self, receipt))
         # From here on the folder loads, and may: it is complete and verified.
@@ -171,57 +176,45 @@ class Conversion:
         return receipt
 
 
-def in_bytes(count: float) -> str:
-    """Such as "14.2 GB": three digits and a decimal unit."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
-
-
 def prepare(
-    model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
-    noise: float = 0.05, router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE, verify: bool = True,
+    model: str | os.PathLike, out: str | os.PathLike, num_experts: int = 8, top_k: int = 2, *,
+    dtype: torch.dtype | None = None, max_shard_size: int = MAX_SHARD_SIZE, verify: bool = True, **settings: Any,
 ) -> Conversion:  # fmt: skip
     """Check everything that can be checked before anything is written; arguments as for `convert`, same errors."""
     out = Path(out).expanduser()
-    _check_place(out)
-    if num_experts > MAX_EXPERTS:
-        raise ValueError(f"{num_experts} experts are more than {MAX_EXPERTS}; choose fewer")
+    check_place(out)
+    if num_experts > MOST_EXPERTS:  # before anything is read or downloaded
+        raise ValueError(f"{num_experts} experts are more than {MOST_EXPERTS}; choose fewer")
     folder = open_source(model)
     source = WeightFiles(folder)
     with naming(folder / "config.json"):  # transformers raises a dozen kinds of errors for broken ones
         config = read_config(folder)
         if config.dtype is None and source.names:  # then transformers takes the weights' own, and so do we
             config.dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
-        chosen = plan(
-            config, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed,
-            dtype=dtype,
-        )  # fmt: skip
-        if chosen.target is None:
-            raise Refusal(f"{chosen.source} has no stock MoE class: {chosen.reason}", chosen.nearest)
+        chosen = plan(config, num_experts, top_k, dtype=dtype, **settings)
+        chosen.check_target()
         shapes = hub_shapes(config, chosen.source)[0]
     chosen.check_sources(source.names)
     _check_tensors(source, shapes, chosen.tied)
     _check_companions(folder, with_tokenizer=verify)
     entries = [Entry(t, dtype or (source.dtypes[t.sources[0]] if t.sources else chosen.dtype)) for t in chosen.tensors]
-    settings = {
+    decided = {
         "version": __version__,
         "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
         "config": json.loads(chosen.config.to_json_string(use_diff=False)),
         "dtype": None if dtype is None else str(dtype),
-        "layers": list(chosen.layers), "init": init, "noise": noise, "router_std": router_std, "seed": seed,
+        "layers": list(chosen.layers),
+        **{name: getattr(chosen, name) for name in ("init", "noise", "router_std", "seed")},
         "max_shard_size": max_shard_size,
-    }  # fmt: skip
-    return Conversion(str(model), source, out, chosen, plan_shards(entries, max_shard_size), settings)
+    }
+    return Conversion(str(model), source, out, chosen, plan_shards(entries, max_shard_size), decided)
 
 
 def convert(
-    model, out, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, init: str = "copy",
-    noise: float = 0.05, router_std: float = 0.02, seed: int = 0, dtype: torch.dtype | None = None, verify: bool = True,
-    max_shard_size: int = MAX_SHARD_SIZE, verify_memory: int = VERIFY_MEMORY, progress: bool = True,
+    model: str | os.PathLike, out: str | os.PathLike, num_experts: int = 8, top_k: int = 2, *,
+    layers: Iterable[int] | None = None, init: str = "copy", noise: float = 0.05, router_std: float = 0.02,
+    seed: int = 0, dtype: torch.dtype | None = None, verify: bool = True, max_shard_size: int = MAX_SHARD_SIZE,
+    verify_memory: int = VERIFY_MEMORY, progress: bool = True,
 ) -> Receipt | None:  # fmt: skip
     """Write the MoE of a dense model, a folder or a hub name, to the new folder `out`; return the receipt.
 
@@ -238,36 +231,7 @@ def convert(
     return job.run(verify=verify, verify_memory=verify_memory, progress=progress)
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def _check_place(out: Path) -> None:
-    """Raises ValueError or FileExistsError when nothing can be written to `out`, or something would be lost."""
-    if out.name in ("", "..") or not str(out).isprintable():
-        raise ValueError(
-            f'"{on_one_line(out)}" is no name for a new folder; give one, in characters that can be printed'
-        )
-    partial, lock = _partial(out), Path(f"{_partial(out)}.lock")
-    for path in (out, partial, lock):
-        if path.is_symlink():
-            raise FileExistsError(f"{path} is a symbolic link; choose another name, or delete it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty; choose another name, or delete it")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise FileExistsError(f"{out} cannot be a folder, because {above} is a file; choose another name")
-    in_the_way = "is in the way and not from an interrupted conversion; delete or rename it"
-    if partial.exists() and not partial.is_dir():
-        raise FileExistsError(f"{partial} {in_the_way}")
-    own = {path for pattern in OWN for end in ("", ".tmp", ".*.tmp") for path in partial.glob(pattern + end)}
-    if foreign := sorted(set(partial.rglob("*")) - own):
-        raise FileExistsError(f"{foreign[0]} {in_the_way}")
-    if own - set(partial.glob(f"{MANIFEST}.*tmp")) and _read_manifest(partial) is None:
-        raise FileExistsError(f"{partial} {in_the_way}")
-
-
-def _check_tensors(source: WeightFiles, shapes: dict, tied: dict[str, str]) -> None:
+def _check_tensors(source: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
     """Raises ValueError naming a tensor that is not what the configuration says."""
     for name, shape in shapes.items():
         if source.shapes[name] != shape:
@@ -289,62 +253,12 @@ def _check_companions(folder: Path, with_tokenizer: bool) -> None:
     from transformers import GenerationConfig
 
     if with_tokenizer:
-        load_tokenizer(folder)
+        folder_tokenizer(folder)
     path = folder / "generation_config.json"
     if path.is_file():
         read_json(path)
         with naming(path, understood=()):
             GenerationConfig.from_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _alone(job: Conversion):
-    """Nobody else writes the same folder meanwhile. Raises FileExistsError when somebody does."""
-    from filelock import FileLock, Timeout
-
-    path = Path(f"{job.partial}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise FileExistsError(f"another conversion is writing {job.out}; wait for it, or choose another name") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # where open files cannot be deleted, release() does it
-            path.unlink()
-        lock.release()
-
-
-def _read_manifest(folder: Path) -> dict | None:
-    """What is recorded in a folder of an interrupted run; None where nothing is, or not by this program."""
-    try:
-        found = read_json(folder / MANIFEST)
-    except (OSError, ValueError):
-        return None
-    ours = found.keys() == {"settings", "shards"} and all(isinstance(value, dict) for value in found.values())
-    return found if ours else None
-
-
-def _open_partial(job: Conversion) -> dict[str, str]:
-    """Make the folder that is written into, empty but for the finished weight files of a run with equal settings."""
-    folder, finished = job.partial, job.finished
-    kept = {}
-    for shard in job.shards:
-        path, digest = folder / shard.file, finished.get(shard.file)
-        if digest and path.is_file() and path.stat().st_size == shard.bytes and _sha256(path) == digest:
-            kept[shard.file] = digest
-    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it; all of them ours, as checked
-        if path.name != MANIFEST and path.name not in kept:
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_manifest(job, kept)
-    return kept
-
-
-def _write_manifest(job: Conversion, finished: dict[str, str]) -> None:
-    write_text(job.partial / MANIFEST, json.dumps({"settings": job.settings, "shards": finished}) + "\n")
 
 
 def _write_weights(job: Conversion, finished: dict[str, str], progress: bool) -> dict[str, str]:
@@ -355,42 +269,15 @@ def _write_weights(job: Conversion, finished: dict[str, str], progress: bool) ->
                 bar.update(shard.bytes)
             else:
                 finished = finished | {shard.file: shard.write(job.partial, job.source, bar)}
-                _write_manifest(job, finished)
+                write_manifest(job, finished)
     return {shard.file: finished[shard.file] for shard in job.shards}
 
 
-def _bar(job: Conversion, what: str, progress: bool):
+def _bar(job: Conversion, what: str, progress: bool) -> tqdm:
     from tqdm.auto import tqdm
 
-    return tqdm(
-        total=sum(shard.bytes for shard in job.shards), desc=what, unit="B", unit_scale=True, disable=not progress
-    )
-
-
-def _write_companions(job: Conversion) -> None:
-    """Everything that belongs to the model beside weights, receipt and card."""
-    from transformers import GenerationConfig
-
-    for path in job.companions:
-        copy = job.partial / path.relative_to(job.source.folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)  # the bytes, not the permissions: a hub cache may be read-only
-    if len(job.shards) > 1:
-        where = {entry.name: shard.file for shard in job.shards for entry in shard.entries}
-        size = sum(entry.bytes for shard in job.shards for entry in shard.entries)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        write_text(job.partial / INDEX, json.dumps(index, indent=2) + "\n")
-    if not (job.partial / "generation_config.json").exists():  # transformers would look for config.json instead
-        GenerationConfig.from_model_config(job.plan.config).save_pretrained(job.partial)
-    write_text(job.partial / PENDING, job.plan.config.to_json_string())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    total = sum(shard.bytes for shard in job.shards)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
 
 
 def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
@@ -399,10 +286,7 @@ def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
     with _bar(job, "verifying tensors", progress) as bar:
         for shard in job.shards:
             for entry in shard.entries:
-                planned, found = (
-                    t.reshape(-1).view(torch.uint8) for t in (entry.make(job.source), written[entry.name])
-                )
-                if not torch.equal(planned, found):
+                if not torch.equal(as_bytes(entry.make(job.source)), as_bytes(written[entry.name])):
                     raise OSError(
                         f"{entry.name} was not read back from {shard.file} as it was written: is the disk broken?"
                     )
@@ -423,14 +307,12 @@ def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
 def _verify_whole(job: Conversion) -> Receipt:
     import transformers
 
-    load, options = (
-        transformers.AutoModelForCausalLM.from_pretrained,
-        dict(dtype=job.plan.dtype, trust_remote_code=False),
-    )
-    with _quiet():
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    options = dict(dtype=job.plan.dtype, trust_remote_code=False)
+    with quiet():
         dense = load(job.source.folder, **options).float()
         moe = load(job.partial, config=read_config(job.partial / PENDING), **options).float()
-    return verify_models(dense, moe, load_tokenizer(job.source.folder))
+    return verify_models(dense, moe, folder_tokenizer(job.source.folder))
 
 
 def _remedy(job: Conversion, receipt: Receipt) -> str:

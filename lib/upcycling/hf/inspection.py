@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +14,13 @@ from ..routing.adapter import context_length
 from ..routing.hf_routers import find_routers
 from ..routing.load import LoadReport, load_report
 from ..routing.record import record_routing
-from .convert import RECEIPT, in_bytes
-from .plan import read_config
+from .output.partial import RECEIPT
 from .receipt import SETTINGS
-from .weight_files import WeightFiles, _quiet, load_tokenizer, naming, on_one_line, open_source, read_json
+from .sources import folder_tokenizer, in_bytes, naming, on_one_line, open_source, quiet, read_config
+from .weight_files import WeightFiles, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Shown to a model when no text is given: a few kinds of text, so that a router has something to tell apart.
 DEFAULT_TEXT = (
@@ -28,7 +34,9 @@ DEFAULT_TEXT = (
 WINDOW = 512  # tokens that are routed at once
 
 
-def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = None) -> Iterator[str]:
+def inspect_folder(
+    folder: str | os.PathLike, *, text: str | None = None, ids: list[int] | None = None
+) -> Iterator[str]:
     """Yield, in sentences, what `python -m upcycling inspect` prints about an MoE's folder or hub name.
 
     The collapse check routes `ids`, or `text` (a few sentences of several kinds by default). Raises FileNotFoundError
@@ -63,7 +71,7 @@ def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = N
         yield f"routing not checked: the model takes {in_bytes(size)}, and {in_bytes(available)} of memory is free"
         return
     if ids is None:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = folder_tokenizer(folder)
         if tokenizer is None and text is not None:
             raise ValueError(f"{folder} has no tokenizer, so it cannot read text; give token ids with --ids 5,17,3")
         if tokenizer is None:
@@ -74,7 +82,7 @@ def inspect_folder(folder, *, text: str | None = None, ids: list[int] | None = N
     yield str(collapse_check(folder, config, ids))
 
 
-def collapse_check(folder, config, ids: list[int]) -> LoadReport:
+def collapse_check(folder: str | os.PathLike, config: PreTrainedConfig, ids: list[int]) -> LoadReport:
     """Route token ids, in windows, and report the load of every layer.
 
     Raises ValueError for unknown ids, and for weights that do not fit the configuration: transformers would put random
@@ -88,7 +96,7 @@ def collapse_check(folder, config, ids: list[int]) -> LoadReport:
         raise ValueError(
             f"token id {outside[0]} is not in 0..{vocab - 1}" if outside else "there are no tokens to route"
         )
-    with _quiet(), naming(folder):
+    with quiet(), naming(folder):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -104,14 +112,14 @@ def collapse_check(folder, config, ids: list[int]) -> LoadReport:
         return load_report(trace)
 
 
-def _empty_model(config):
+def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     import transformers
 
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _experts(config, files: WeightFiles) -> int:
+def _experts(config: PreTrainedConfig, files: WeightFiles) -> int:
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(config.get_text_config(), name, None):
             return getattr(config.get_text_config(), name)
@@ -124,7 +132,7 @@ def _of_experts(name: str, files: WeightFiles, experts: int) -> bool:
     return ".experts." in name or stacked
 
 
-def _receipt(folder) -> str:
+def _receipt(folder: Path) -> str:
     try:
         receipt = read_json(folder / RECEIPT)
         if not receipt["verified"]:

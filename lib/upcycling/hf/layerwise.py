@@ -7,14 +7,20 @@ user will load. The vocabulary is cut down to the tokens of the probe: logits ar
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.equivalence import TOLERANCE
 from ..routing.adapter import context_length
-from .receipt import SENTENCES, SETTINGS, Receipt, _versions
-from .weight_files import WeightFiles, load_tokenizer
+from .receipt import SENTENCES, Receipt, settings_of, versions
+from .sources import folder_tokenizer, quiet
+from .weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # A layer of these needs others: Gemma 4's configuration names layers by number, and late ones reuse early ones' keys.
 WHOLE_ONLY = {"Gemma4ForCausalLM"}
@@ -22,8 +28,9 @@ LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
 def verify_layerwise(
-    dense: WeightFiles, moe: WeightFiles, dense_config, moe_config, dtype: torch.dtype, *, progress: bool = True
-) -> Receipt:
+    dense: WeightFiles, moe: WeightFiles, dense_config: PreTrainedConfig, moe_config: PreTrainedConfig,
+    dtype: torch.dtype, *, progress: bool = True,
+) -> Receipt:  # fmt: skip
     """Compare the logits of two folders in float32, their weights in `dtype` first.
 
     On random ids, and on real text where the dense model's folder has a tokenizer; without padding or cache, and
@@ -36,19 +43,17 @@ def verify_layerwise(
     ]
     worst = float((logits[0].double() - logits[1].double()).abs().max())
     tolerance = TOLERANCE[torch.float32] * max(1.0, float(logits[0].abs().max()))
-    values = moe_config.get_text_config().to_dict()
-    settings = {name: values[name] for name in SETTINGS if values.get(name) is not None}
     return Receipt(
         dense_config.architectures[0], moe_config.architectures[0], worst, tolerance, {"layer by layer": worst},
-        None, "too large to load", probe, settings, _versions(),
+        None, "too large to load", probe, settings_of(moe_config), versions(),
     )  # fmt: skip
 
 
-def _probe(dense: WeightFiles, config) -> tuple[Tensor, str]:
+def _probe(dense: WeightFiles, config: PreTrainedConfig) -> tuple[Tensor, str]:
     """(token ids, what they are): rows of random ids and, where there is a tokenizer, of text."""
     length = min(24, context_length(config))
     random_BT = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    tokenizer = load_tokenizer(dense.folder)
+    tokenizer = folder_tokenizer(dense.folder)
     texts = [tokenizer(sentence)["input_ids"] for sentence in SENTENCES] if tokenizer is not None else []
     texts = [ids[:length] for ids in texts if len(ids) >= length]
     probe = f"2 sequences of random ids (seed 0) and {len(texts)} of text, {length} tokens each"
@@ -58,8 +63,9 @@ def _probe(dense: WeightFiles, config) -> tuple[Tensor, str]:
 
 @torch.no_grad()
 def layerwise_logits(
-    files: WeightFiles, config, tokens_BT: Tensor, dtype: torch.dtype = torch.float32, progress: bool = False
-) -> Tensor:
+    files: WeightFiles, config: PreTrainedConfig, tokens_BT: Tensor, dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Return the float32 logits (B, T, U) for the U different tokens of the probe, in ascending order.
 
     `files` and its transformers `config`; the weights are rounded to `dtype` first. Raises ValueError when a tensor is
@@ -82,21 +88,21 @@ def layerwise_logits(
     return logits_BTU
 
 
-def _replace_input(x_BTD: Tensor):
-    def hook(_module, args, kwargs):
+def _replace_input(x_BTD: Tensor) -> Callable:
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return ((x_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x_BTD})
 
     return hook
 
 
-def _capture_output(captured: list):
+def _capture_output(captured: list[Tensor]) -> Callable:
     return lambda _module, _args, output: captured.append(output if torch.is_tensor(output) else output[0])
 
 
-def _one_layer_model(files: WeightFiles, config, layer: int, kept: list[int], dtype: torch.dtype):
+def _one_layer_model(
+    files: WeightFiles, config: PreTrainedConfig, layer: int, kept: list[int], dtype: torch.dtype
+) -> PreTrainedModel:
     import transformers
-
-    from .weight_files import _quiet
 
     weights = {}
     for name in files.names:
@@ -106,7 +112,7 @@ def _one_layer_model(files: WeightFiles, config, layer: int, kept: list[int], dt
         per_token = "embed_tokens." in name or name.startswith("lm_head.")
         tensor = files.rows(name, kept) if per_token else files[name]
         weights[LAYER.sub("0", name, count=1)] = tensor.to(dtype)
-    with _quiet():
+    with quiet():
         model, report = getattr(transformers, config.architectures[0]).from_pretrained(
             None, config=_one_layer_config(config, layer, len(kept)), state_dict=weights, dtype=torch.float32,
             trust_remote_code=False, output_loading_info=True,
@@ -117,7 +123,7 @@ def _one_layer_model(files: WeightFiles, config, layer: int, kept: list[int], dt
     return model.eval()
 
 
-def _one_layer_config(config, layer: int, vocab_size: int):
+def _one_layer_config(config: PreTrainedConfig, layer: int, vocab_size: int) -> PreTrainedConfig:
     values, n_layers = config.to_dict(), config.num_hidden_layers
     values = {
         name: [value[layer]] if isinstance(value, list) and len(value) == n_layers else value

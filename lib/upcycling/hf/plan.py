@@ -1,43 +1,43 @@
 """A Hugging Face dense model in, a stock Hugging Face MoE with the same logits out; or the reason why not.
 
 `plan(config)` says which class and what has to be set, `upcycle_pretrained` carries it out in memory, `verify` compares
-the two models and gives a receipt. The rules are in `families` and `more_families`; `conversion` carries the same plan
-out from file to file.
+the two models and gives a receipt. The rules are in `families/`; `convert` carries the same plan out
+from file to file.
 """
 
 from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checks import whole_number
-from .families import more as more_families
-from .families import rules as families
+from ..checks import _one_of, whole_number
+from .families import FAMILIES, REFUSED
 from .families.base import Initialisation, Refusal, TargetTensor
 from .families.engine import build, configure, hub_shapes
 from .receipt import fits_grouped_mm
-from .weight_files import WeightFiles, _quiet, open_source
+from .sources import read_config
 
-INITS = ("copy", "noise")
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+EXPERTS_START_AS = ("copy", "noise")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_EXPERTS = 4096
+MOST_EXPERTS = 4096  # planning takes a while for each; the largest models have some hundreds
 TRAINING_NOTES = (
     "output_router_logits=True makes transformers add the balance loss to `loss`; it pools all layers before comparing "
     "expert loads, so layers that collapse on different experts look balanced: use a balance loss per layer to train.",
     "With it, generate() on a padded batch fails in transformers 5.23: pass output_router_logits=False there.",
 )
-
-
-def all_families() -> dict:
-    """model_type -> rule, of every module that has some."""
-    return {**families.FAMILIES, **more_families.FAMILIES}
+NO_BALANCE_LOSS = "{} adds no balance loss of its own: use one per layer to train."
+# Settings that conversions have lost before, shown although they are only carried.
+_TRAPS = ("rope_parameters", "sliding_window", "head_dim", "tie_word_embeddings", "attention_bias", "layer_types")
+_EVIDENCE = {"transformers": " (compared by the tests)"}
+_PLAIN = ("carried", "left out: informational", "left out: at its default")
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,18 @@ class Plan:
     sizes: Sizes | None = None
     config: Any = field(default=None, repr=False, compare=False)  # of the MoE
     tensors: tuple[TargetTensor, ...] = field(default=(), repr=False, compare=False)
-    tied: Mapping[str, str] = field(
-        default_factory=dict, repr=False
-    )  # dense names that may be in a file beside their twin
+    # dense names that may be in a file beside their twin
+    tied: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def sources(self) -> set[str]:
         """Names of the dense model's tensors, every one of which is used."""
         return {name for tensor in self.tensors for name in tensor.sources}
+
+    def check_target(self) -> None:
+        """Raises Refusal where there is no class."""
+        if self.target is None:
+            raise Refusal(f"{self.source} has no stock MoE class: {self.reason}", self.nearest)
 
     def check_sources(self, names: Iterable[str]) -> set[str]:
         """The names that a conversion reads; those left are known to carry nothing (rotation tables, tied twins).
@@ -111,12 +115,11 @@ class Plan:
         lines = [
             f"{self.source} -> {self.target}: {self.num_experts} experts of width {self.expert_width}, "
             f"top-{self.top_k}, {where}; {start}",
-            f"parameters: {s.dense:,} -> {s.moe:,}, {s.active:,} active; {_gib(s.bytes)} in {_name(self.dtype)}",
+            f"parameters: {s.dense:,} -> {s.moe:,}, {s.active:,} active; {_gib(s.bytes)} in {dtype_name(self.dtype)}",
             "settings: " + ", ".join(f"{name}={value!r}" for name, value in self.settings.items()),
         ]
-        lines += [
-            f"{engine}{_EVIDENCE.get(engine, ' (read, not run)')}: {what}" for engine, what in self.engines.items()
-        ]
+        for engine, what in self.engines.items():
+            lines.append(f"{engine}{_EVIDENCE.get(engine, ' (read, not run)')}: {what}")
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"  {name:28} {what}" for name, what in self.account.items() if what not in _PLAIN]
         plain = [name for name, what in self.account.items() if what == "carried"]
@@ -135,88 +138,15 @@ class Plan:
         )
 
 
-_EVIDENCE = {"transformers": " (compared by the tests)"}
-_PLAIN = ("carried", "left out: informational", "left out: at its default")
-
-
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_config(config):
-    """A transformers configuration from one, from its model, from a dict (config.json) or from a folder or hub name.
-
-    No code that comes with a model is run. Raises ValueError for a model_type that transformers does not know, OSError
-    where nothing is found.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-
-    config = getattr(config, "config", config)
-    if isinstance(config, PreTrainedConfig):
-        return config
-    if isinstance(config, Mapping):
-        values, name = config, "the configuration"
-    elif isinstance(config, str | os.PathLike):
-        path, name = Path(config), str(config)
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{path} has no config.json; give a folder that save_pretrained wrote, or a hub name"
-            )
-        try:
-            values = dict(PreTrainedConfig.get_config_dict(path if path.exists() else name)[0])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the config.json of {name} holds no JSON object ({error})") from error
-    else:
-        raise TypeError(f"{type(config).__name__} is no configuration; give one, a dict, a folder or a hub name")
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        reason = "; its auto_map names code of its own, which is not run here" if values.get("auto_map") else ""
-        raise ValueError(f"{name} has model_type={kind!r}, which transformers does not know{reason}")
-    try:
-        if isinstance(config, Mapping):
-            return AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
-        return AutoConfig.from_pretrained(path if path.exists() else name, trust_remote_code=False)
-    except StrictDataclassError as error:
-        raise ValueError(f"{name} does not make a {kind} configuration: {' '.join(str(error).split())}") from error
-
-
-def load_dense(folder, dtype: torch.dtype | str = "auto"):
-    """The model in a folder (or under a hub name), read from safetensors, with none of its own code run.
-
-    Raises FileNotFoundError where there are no safetensors, ValueError naming a tensor that is missing, left over or
-    of another shape than the configuration says.
-    """
-    import transformers
-
-    folder = open_source(folder)
-    config = read_config(folder)
-    WeightFiles(folder)  # raises for pickles and damaged files
-    with _quiet():
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-    for kind, what in (
-        ("missing_keys", "is missing from the weights"),
-        ("unexpected_keys", "is in the weights but no part of the model"),
-        ("mismatched_keys", "has another shape in the weights than by the configuration"),
-        ("error_msgs", "(an error while loading)"),
-    ):
-        if wrong := sorted(map(_tensor_name, loading.get(kind, ()))):
-            raise ValueError(f"{wrong[0]} {what}: {type(model).__name__} of {folder} ({len(wrong)} such tensors)")
-    return model
-
-
-def _tensor_name(entry) -> str:
-    return entry if isinstance(entry, str) else entry[0]
-
-
-def _check_deviation(name: str, value) -> None:
+def _check_deviation(name: str, value: Any) -> None:
     try:
         fits = 0 <= value < math.inf
     except TypeError:
@@ -226,7 +156,7 @@ def _check_deviation(name: str, value) -> None:
 
 
 def plan(
-    config, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, router_std: float = 0.02,
+    config: Any, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None, router_std: float = 0.02,
     init: str = "copy", noise: float = 0.05, seed: int = 0, dtype: torch.dtype | None = None,
 ) -> Plan:  # fmt: skip
     """Which stock MoE class has a dense model's logits, and what has to be set; or why there is none. Reads no weights.
@@ -239,8 +169,7 @@ def plan(
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-    if init not in INITS:
-        raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(map(repr, INITS))}")
+    _one_of("init", init, EXPERTS_START_AS)
     num_experts, top_k = whole_number("num_experts", num_experts), whole_number("top_k", top_k)
     seed = whole_number("seed", seed)
     if num_experts > MOST_EXPERTS:
@@ -258,16 +187,15 @@ def plan(
     config = read_config(config)
     kind = config.model_type
     source = CLASSES.get(kind, type(config).__name__)
-    rules = all_families()
-    if kind not in rules:
-        return Plan(source, None, *more_families.REFUSED.get(kind, _unknown(config, kind in CLASSES)))
+    if kind not in FAMILIES:
+        return Plan(source, None, *REFUSED.get(kind, _unknown(config, kind in CLASSES)))
     depth = config.num_hidden_layers
     chosen = tuple(range(depth)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"layers={list(chosen)}; choose some of 0..{depth - 1}")
     try:
         target, moe_config, account = configure(
-            config, rules[kind], num_experts=num_experts, top_k=top_k, layers=chosen
+            config, FAMILIES[kind], num_experts=num_experts, top_k=top_k, layers=chosen
         )
     except Refusal as refusal:
         return Plan(source, None, refusal.reason, refusal.nearest)
@@ -277,10 +205,10 @@ def plan(
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     moe_config.dtype = dtype
-    total = sum(_count(t.shape) for t in tensors)
-    in_experts = sum(_count(t.shape) for t in tensors if t.kind in ("expert", "experts"))
+    total = sum(math.prod(t.shape) for t in tensors)
+    in_experts = sum(math.prod(t.shape) for t in tensors if t.kind in ("expert", "experts"))
     sizes = Sizes(
-        dense=sum(map(_count, dense_shapes.values())),
+        dense=sum(map(math.prod, dense_shapes.values())),
         moe=total,
         active=total - in_experts + in_experts * top_k // num_experts,
         bytes=total * dtype.itemsize,
@@ -293,7 +221,7 @@ def plan(
     notes += TRAINING_NOTES if target.moe.balance_loss else [NO_BALANCE_LOSS.format(target.moe.name)]
     if not all(fits_grouped_mm(t.shape, dtype) for t in tensors if t.kind in ("expert", "experts")):
         notes.append(
-            f"transformers' grouped_mm needs widths in multiples of {16 // dtype.itemsize} for {_name(dtype)}: "
+            f"transformers' grouped_mm needs widths in multiples of {16 // dtype.itemsize} for {dtype_name(dtype)}: "
             "call model.set_experts_implementation('eager') after loading"
         )
     if top_k == 1:
@@ -310,21 +238,11 @@ def plan(
     )  # fmt: skip
 
 
-def _unknown(config, causal: bool) -> tuple[str, str | None]:
+def _unknown(config: PreTrainedConfig, causal: bool) -> tuple[str, str | None]:
     """(Why there is no class, what is nearest) for a family without a rule."""
     known = f"the family {config.model_type!r} is not known here"
     if not causal or getattr(config, "is_decoder", None) is False or getattr(config, "is_encoder_decoder", False):
         return f"{known}, and it is no decoder: only causal language models can be upcycled", None
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return f"{known}, and it has experts already", None
-    return known, f"add a rule for it; known: {', '.join(sorted(all_families()))}"
-
-
-NO_BALANCE_LOSS = "{} adds no balance loss of its own: use one per layer to train."
-
-# Settings that conversions have lost before, shown although they are only carried.
-_TRAPS = ("rope_parameters", "sliding_window", "head_dim", "tie_word_embeddings", "attention_bias", "layer_types")
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    return known, f"add a rule for it; known: {', '.join(sorted(FAMILIES))}"

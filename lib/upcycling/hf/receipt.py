@@ -8,9 +8,9 @@ import html
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ..core.equivalence import TOLERANCE
 from ..core.model import evaluating
 from ..routing.adapter import context_length
 from ..routing.hf_routers import check_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SENTENCES = (
     "Once upon a time, there was a little girl who lived in a small house near the forest.",
@@ -50,9 +53,7 @@ class Receipt:
     max_abs_diff: float
     tolerance: float
     checks: Mapping[str, float]  # comparison -> its largest difference
-    greedy_equal: (
-        bool | None
-    )  # the same greedily generated tokens (two candidates within the tolerance may swap); None: not tried
+    greedy_equal: bool | None  # the same tokens generated (two within the tolerance may swap); None: not tried
     greedy: str  # what was generated, as text where there is a tokenizer
     probe: str
     settings: Mapping[str, Any]
@@ -60,10 +61,9 @@ class Receipt:
     notes: tuple[str, ...] = ()
     passed: bool = field(init=False)
 
-    def __post_init__(self):
-        object.__setattr__(
-            self, "passed", self.max_abs_diff <= self.tolerance and self.greedy_equal is not False
-        )  # a NaN fails
+    def __post_init__(self) -> None:
+        passed = self.max_abs_diff <= self.tolerance and self.greedy_equal is not False  # a NaN fails
+        object.__setattr__(self, "passed", passed)
 
     def to_json(self) -> str:
         """The receipt as JSON, a NaN as a string."""
@@ -77,45 +77,48 @@ class Receipt:
         rows = "".join(f"| {name} | {value:.1e} |\n" for name, value in self.checks.items())
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"## Equality with the dense model\n\n{self._verdict()}\n\n"
+            f"## Equality with the dense model\n\n{self.verdict}\n\n"
             f"| comparison | max \\|Δlogit\\| |\n|---|---|\n{rows}\n"
-            f"Greedy generation {self._greedy_verdict()}. Probe: {self.probe}. {versions}.\n"
+            f"Greedy generation {self._greedy_verdict}. Probe: {self.probe}. {versions}.\n"
             + "".join(f"\n- {note}" for note in self.notes)
         )
 
-    def _verdict(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """One sentence: the two classes, whether they are the same function, and by how much."""
         verdict = "the same function" if self.passed else "NOT the same function"
         size = f"max |Δlogit| {self.max_abs_diff:.1e}, tolerance {self.tolerance:.1e}"
         return f"{self.source} and {self.target}: {verdict}, {size}"
 
+    @property
     def _greedy_verdict(self) -> str:
         return {True: "equal", False: "NOT equal", None: "not tried"}[self.greedy_equal]
 
     def __str__(self) -> str:
-        lines = [self._verdict()] + [f"  {name:14} {value:.1e}" for name, value in self.checks.items()]
-        lines += [
-            f"  {'greedy':14} {self._greedy_verdict()}: {self.greedy!r}",
-            f"  probe: {self.probe}",
-        ]
+        lines = [self.verdict] + [f"  {name:14} {value:.1e}" for name, value in self.checks.items()]
+        lines += [f"  {'greedy':14} {self._greedy_verdict}: {self.greedy!r}", f"  probe: {self.probe}"]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def _repr_html_(self) -> str:
         colour = "#00693e" if self.passed else "#a4001d"
         rows = "".join(f"<tr><td>{name}</td><td>{value:.1e}</td></tr>" for name, value in self.checks.items())
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in (self.probe, *self.notes))
-        greedy = f"greedy generation {self._greedy_verdict()}: {html.escape(repr(self.greedy))}"
+        greedy = f"greedy generation {self._greedy_verdict}: {html.escape(repr(self.greedy))}"
         return (
-            f"<b style='color:{colour}'>{html.escape(self._verdict())}</b>"
+            f"<b style='color:{colour}'>{html.escape(self.verdict)}</b>"
             f"<table><tr><th>comparison</th><th>max |Δlogit|</th></tr>{rows}</table>{greedy}<ul>{notes}</ul>"
         )
 
 
-def _json_number(value: float):
-    return value if value == value and abs(value) != float("inf") else str(value)
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
 @torch.no_grad()
-def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Receipt:
+def verify(
+    dense: PreTrainedModel, moe: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *,
+    length: int = 32, seed: int = 0,
+) -> Receipt:  # fmt: skip
     """Compare a dense transformers model with its MoE in float32: logits and greedy generation.
 
     On random ids (2 sequences of `length` tokens, fewer where the models take fewer), on real text where there is a
@@ -159,7 +162,7 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
     with evaluating(dense), evaluating(moe):
         largest, checks = 0.0, {}
 
-        def compare(name, run, keep=None):
+        def compare(name: str, run: Callable[..., Tensor], keep: Tensor | None = None) -> None:
             nonlocal largest
             a, b = run(dense).cpu().double(), run(moe).cpu().double()
             if keep is not None:
@@ -185,11 +188,16 @@ def verify(dense, moe, tokenizer=None, *, length: int = 32, seed: int = 0) -> Re
         equal = torch.equal(a, b) or _only_ties(dense, a, b, ids_BT.shape[1], mask_BT, tolerance)
         generated = a[0, ids_BT.shape[1] :].tolist()
         greedy = tokenizer.decode(generated) if tokenizer is not None else " ".join(map(str, generated))
-    settings = moe.config.get_text_config().to_dict()
     return Receipt(
         type(dense).__name__, type(moe).__name__, _worst(list(checks.values())), tolerance, checks, equal, greedy,
-        probe, {name: settings[name] for name in SETTINGS if settings.get(name) is not None}, _versions(), tuple(notes),
+        probe, settings_of(moe.config), versions(), tuple(notes),
     )  # fmt: skip
+
+
+def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Those of `SETTINGS` that an MoE's configuration has."""
+    values = config.get_text_config().to_dict()
+    return {name: values[name] for name in SETTINGS if values.get(name) is not None}
 
 
 def _worst(values: list[float]) -> float:
@@ -201,31 +209,31 @@ def fits_grouped_mm(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return shape[-1] * dtype.itemsize % 16 == 0
 
 
-def use_eager_if_needed(moe) -> None:
+def use_eager_if_needed(moe: PreTrainedModel) -> None:
     """Switch a model whose widths torch's grouped product does not take to transformers' loop over experts."""
     if not all(fits_grouped_mm(p.shape, p.dtype) for p in moe.parameters() if p.ndim == 3):
         with contextlib.suppress(ValueError):  # Llama4 has one implementation only, which takes any width
             moe.set_experts_implementation("eager")
 
 
-def _float32(model):
+def _float32(model: PreTrainedModel) -> PreTrainedModel:
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return model
     return copy.deepcopy(model).float()
 
 
-def _router_off(model) -> dict:
+def _router_off(model: PreTrainedModel) -> dict[str, bool]:
     # With the balance loss on, a cached step and its longer attention mask do not fit together in transformers 5.23.
     return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
 
 
-def _logits(model, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+def _logits(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     mask_BT = None if mask_BT is None else mask_BT.to(model.device)
     options = dict(use_cache=False, return_dict=True, **_router_off(model))
     return model(input_ids=ids_BT.to(model.device), attention_mask=mask_BT, **options).logits
 
 
-def _cached_logits(model, ids_BT: Tensor) -> Tensor:
+def _cached_logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Logits of the sequence's second half, computed token by token after the first."""
     ids_BT = ids_BT.to(model.device)
     half = ids_BT.shape[1] // 2
@@ -249,7 +257,7 @@ def _pad(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
-def _greedy(model, ids_BT: Tensor, mask_BT: Tensor, new: int) -> Tensor:
+def _greedy(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, new: int) -> Tensor:
     from transformers import GenerationConfig
 
     plain = GenerationConfig(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, use_cache=True)
@@ -258,7 +266,9 @@ def _greedy(model, ids_BT: Tensor, mask_BT: Tensor, new: int) -> Tensor:
     ).cpu()  # fmt: skip
 
 
-def _only_ties(dense, a_BT: Tensor, b_BT: Tensor, start: int, mask_BT: Tensor, tolerance: float) -> bool:
+def _only_ties(
+    dense: PreTrainedModel, a_BT: Tensor, b_BT: Tensor, start: int, mask_BT: Tensor, tolerance: float
+) -> bool:
     """Where two generations part, did the dense model have two candidates within rounding of each other?"""
     for row in range(len(a_BT)):
         parted = (a_BT[row] != b_BT[row]).nonzero()
@@ -271,7 +281,8 @@ def _only_ties(dense, a_BT: Tensor, b_BT: Tensor, start: int, mask_BT: Tensor, t
     return True
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a conversion depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}

@@ -15,7 +15,9 @@ Shapes: B batch, T sequence, N tokens, E experts, K experts per token.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from torch import Tensor, nn
 from ..core.model import DecoderLM
 from ..core.routing import count_ids
 from ..routing.record import _containers, _Forward, _refuse_compiled
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 BIASES = ("e_score_correction_bias", "expert_bias")
 ROUTERS = ("gate", "router")  # what the layer that holds the bias calls its router
@@ -53,7 +58,7 @@ class SelectionBiasMover:
     Raises ValueError for a model without such a bias, a DecoderLM, a compiled model, and a negative `rate`.
     """
 
-    def __init__(self, model: nn.Module, rate: float = 1e-3):
+    def __init__(self, model: nn.Module, rate: float = 1e-3) -> None:
         if not rate >= 0:
             raise ValueError(f"rate={rate!r} is negative; DeepSeek-V3 uses 0.001")
         for module in model.modules():
@@ -96,14 +101,14 @@ class SelectionBiasMover:
             layer.counts_E.zero_()
         return counted
 
-    def callback(self):
+    def callback(self) -> TrainerCallback:
         """A transformers TrainerCallback that takes the step after each of the optimizer's."""
         from transformers import TrainerCallback
 
         mover = self
 
         class MoveSelectionBias(TrainerCallback):
-            def on_optimizer_step(self, args, state, control, **kwargs):
+            def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 mover.step()
 
         return MoveSelectionBias()
@@ -116,19 +121,19 @@ class SelectionBiasMover:
     def __enter__(self) -> SelectionBiasMover:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enter(self, names: list[str]):
-        def hook(module, args, kwargs):
+    def _enter(self, names: list[str]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._forward.module in (None, module):  # or left over from a forward that did not end
                 self._forward.begin(module)
             self._forward.see(dict(zip(names, args, strict=False)) | kwargs)
 
         return hook
 
-    def _collect(self, layer: _Biased):
-        def hook(module, args, output):
+    def _collect(self, layer: _Biased) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if self._forward.module is None or not module.training:
                 return
             if not (isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()):
@@ -141,7 +146,7 @@ class SelectionBiasMover:
 
         return hook
 
-    def _leave(self, module, args, output):
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._forward.module is module:
             self._forward.module = None
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..routing.hf_routers import check_model
-from .families.base import Refusal
 from .families.engine import hub_tensors
-from .plan import Plan, _name, load_dense, plan
+from .plan import Plan, dtype_name, plan
 from .receipt import use_eager_if_needed
-from .weight_files import _quiet
+from .sources import load_dense, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def upcycle_pretrained(
-    model_or_folder, num_experts: int = 8, top_k: int = 2, *, layers: Iterable[int] | None = None,
-    router_std: float = 0.02, init: str = "copy", noise: float = 0.05, seed: int = 0, dtype: torch.dtype | None = None,
-):  # fmt: skip
+    model_or_folder: PreTrainedModel | str | os.PathLike, num_experts: int = 8, top_k: int = 2, *,
+    layers: Iterable[int] | None = None, router_std: float = 0.02, init: str = "copy", noise: float = 0.05,
+    seed: int = 0, dtype: torch.dtype | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """A stock transformers MoE with the logits of a dense model (or its folder or hub name); settings as in `plan`.
 
     Returns a new model on the dense model's device and in its mode, with its generation configuration; the dense model
@@ -29,13 +33,12 @@ def upcycle_pretrained(
     """
     import transformers
 
-    def planned(config) -> Plan:
+    def planned(config: Any) -> Plan:
         found = plan(
             config, num_experts, top_k,
             layers=layers, router_std=router_std, init=init, noise=noise, seed=seed, dtype=dtype,
         )  # fmt: skip
-        if found.target is None:
-            raise Refusal(f"{found.source} has no stock MoE class: {found.reason}", found.nearest)
+        found.check_target()
         return found
 
     dense, layers = model_or_folder, layers if layers is None or isinstance(layers, str) else list(layers)
@@ -65,12 +68,12 @@ def upcycle_pretrained(
             raise ValueError(
                 f"{broken[0]} of the dense model has values that are not finite (NaN or infinity): mend it first"
                 if broken
-                else f"{tensor.name} has values too large for {_name(value.dtype)}; choose dtype=torch.bfloat16"
+                else f"{tensor.name} has values too large for {dtype_name(value.dtype)}; choose dtype=torch.bfloat16"
             )
         # transformers keeps what it is given and stacks only single experts; the dense model's memory stays its own.
         shared = any(value.untyped_storage().data_ptr() == s.untyped_storage().data_ptr() for s in sources)
         made[tensor.name] = value.clone() if shared and tensor.kind != "expert" else value
-    with _quiet():
+    with quiet():
         moe, loading = getattr(transformers, carried_out.target).from_pretrained(
             None, config=copy.deepcopy(carried_out.config), state_dict=made, dtype=carried_out.dtype,
             attn_implementation=dense.config._attn_implementation, output_loading_info=True,

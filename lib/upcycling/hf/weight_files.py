@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import warnings
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# What a folder holds beside weights and configuration, and what the converted one needs from it.
-COMPANIONS = (
-    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
+INDEX = "model.safetensors.index.json"
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip  # how safetensors calls them
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory, row after row, as bytes."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 class WeightFiles:
@@ -32,9 +32,9 @@ class WeightFiles:
     FileNotFoundError for a folder without safetensors and ValueError for a damaged one.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if (self.folder / "model.safetensors").is_file():  # before the index, as transformers does
             files = ["model.safetensors"]
         elif index.is_file():
@@ -50,7 +50,9 @@ class WeightFiles:
         else:
             raise FileNotFoundError(self._what_is_missing())
         self.files = [self.folder / file for file in files]
-        self._file_of, self.shapes, self.dtypes = {}, {}, {}
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for path in self.files:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is in the index but not in the folder; download the model again")
@@ -75,7 +77,7 @@ class WeightFiles:
         """Do two tensors have the same type, shape and bytes?"""
         if (self.shapes[name], self.dtypes[name]) != (self.shapes[other], self.dtypes[other]):
             return False
-        return torch.equal(*(self[each].reshape(-1).view(torch.uint8) for each in (name, other)))
+        return torch.equal(as_bytes(self[name]), as_bytes(self[other]))
 
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix, without reading the others."""
@@ -95,7 +97,7 @@ class WeightFiles:
         return f"{self.folder} has no model.safetensors; give a folder that save_pretrained() wrote, or a hub name"
 
 
-def read_json(path) -> dict:
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Return the object in a JSON file. Raises OSError, and ValueError naming the file for anything else."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -104,95 +106,3 @@ def read_json(path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object; download or make it again")
     return found
-
-
-@contextlib.contextmanager
-def naming(path, understood: tuple[type, ...] = (OSError, ValueError)):
-    """Turn whatever a library raises about `path`, but for what is `understood`, into a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(f"{path} needs code of its own (auto_map), which is not run here") from error
-        if isinstance(error, understood):
-            raise
-        raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
-
-
-def on_one_line(text: str) -> str:
-    r"""`text` from a file or folder of others for a terminal: a line break as \u{A}, an escape as \u{1B}."""
-    return "".join(c if c.isprintable() else f"\\u{{{ord(c):X}}}" for c in str(text))
-
-
-def open_source(model) -> Path:
-    """Return the local folder of `model`, a folder or a name such as "HuggingFaceTB/SmolLM2-135M" on the hub.
-
-    From the hub only safetensors, JSON and tokenizer files are fetched (into the hub's cache). Raises
-    FileNotFoundError when there is no such folder or the hub does not give the model.
-    """
-    if not str(model):
-        raise FileNotFoundError("the model's name is empty; give its folder, or a hub name such as owner/model")
-    path = Path(model).expanduser()
-    if path.exists() or not _is_hub_name(str(model)):
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {path}; give a model's folder, or a hub name such as owner/model"
-            )
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *COMPANIONS]))
-    except GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{model} needs its owner's permission: accept its terms on the hub and log in"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"neither a folder nor a model on the hub is called {model}") from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {model} here and the hub cannot be reached; download the model where there is a "
-            "connection and give its folder"
-        ) from error
-
-
-def _is_hub_name(text: str) -> bool:
-    return re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", text) is not None
-
-
-def load_tokenizer(folder):
-    """Return the folder's tokenizer, or None where there is none (a model works without).
-
-    Raises ValueError when it does not load, or only with code from the folder, which is never run.
-    """
-    from transformers import AutoTokenizer
-
-    files = [Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")]
-    files = [path for path in files if path.is_file()]
-    for path in files:
-        if path.suffix == ".json":
-            read_json(path)
-    if not files:
-        return None
-    with naming(f"the tokenizer of {folder} ({', '.join(path.name for path in files)})", understood=()):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without transformers' progress bars (they are for downloads) and its tables of what did not load (they are turned
-    into errors), and without torch's remark on shared experts of width 0."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

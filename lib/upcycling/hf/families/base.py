@@ -6,21 +6,24 @@ import copy as _copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Refusal(ValueError):
     """No stock class computes this model; `reason` says why, `nearest` what comes closest (or None)."""
 
-    def __init__(self, reason: str, nearest: str | None = None):
+    def __init__(self, reason: str, nearest: str | None = None) -> None:
         super().__init__(reason if nearest is None else f"{reason}; nearest alternative: {nearest}")
         self.reason, self.nearest = reason, nearest
 
 
-def refuse(reason: str, nearest: str | None = None):
+def refuse(reason: str, nearest: str | None = None) -> NoReturn:
     raise Refusal(reason, nearest)
 
 
@@ -54,7 +57,7 @@ class Fields:
     sentence for each source field.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
         self.values: dict[str, Any] = config.to_dict()
         self.target: dict[str, Any] = {}
@@ -65,10 +68,10 @@ class Fields:
             refuse("quantization_config: its weights are quantised", "load it, call .dequantize(), save it")
         self.carry(*COMMON)
 
-    def __getitem__(self, name: str):
+    def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
-    def get(self, name: str, default=None):
+    def get(self, name: str, default: Any = None) -> Any:
         """The field's value; `default` where it is absent or None."""
         value = self.values.get(name)
         return default if value is None else value
@@ -135,40 +138,17 @@ class Fields:
 class Rule:
     """How one target tensor is made: from these source tensors (names with {layer}), by this function of them."""
 
-    kind: (
-        str  # "kept": outside the experts · "expert": one expert's own · "experts": stacked over all · "router" · "new"
-    )
+    # "kept": outside the experts · "expert" (…): one expert's own, a copy of the dense one · "experts" (E, …): all
+    # experts' in one, copies (plus noise with init="noise", both) · "router": rows N(0, router_std) · "new": `value`
+    kind: str
     sources: tuple[str, ...] = ()
     transform: Callable[..., Tensor] | None = None  # of the sources, in order; None: the one source as it is
     value: float = 0.0  # of a "new" tensor
 
 
-def kept(*sources: str, transform=None) -> Rule:
+def kept(*sources: str, transform: Callable[..., Tensor] | None = None) -> Rule:
+    """A tensor outside the experts, made from these."""
     return Rule("kept", sources, transform)
-
-
-def expert(*sources: str, transform=None) -> Rule:
-    """One expert's tensor, (…): a copy of the dense one (plus noise with init="noise")."""
-    return Rule("expert", sources, transform)
-
-
-def experts(*sources: str, transform=None) -> Rule:
-    """All experts' tensors in one, (E, …): copies of the dense one (plus noise with init="noise")."""
-    return Rule("experts", sources, transform)
-
-
-def router() -> Rule:
-    """Rows N(0, router_std)."""
-    return Rule("router")
-
-
-def filled(value: float = 0.0) -> Rule:
-    return Rule("new", value=value)
-
-
-def rows(*tensors: Tensor) -> Tensor:
-    """The tensors, one below the other: [gate; up]."""
-    return torch.cat(tensors)
 
 
 @dataclass(frozen=True)
@@ -181,10 +161,10 @@ class Initialisation:
     noise: float = 0.0  # standard deviation, in units of the dense tensor's own
     seed: int = 0
 
-    def normal(self, name: str, shape) -> Tensor:
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.randn(tuple(shape), generator=generator)
+        return torch.randn(shape, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,20 @@ import copy as _copy
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .base import Fields, Initialisation, Target, TargetTensor, kept, refuse
 
-# ----------------------------------------------------------------------------------------------------------- the engine
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def configure(config, rule: Callable[[Fields], Target], *, num_experts: int, top_k: int, layers: tuple[int, ...]):
+def configure(
+    config: PreTrainedConfig, rule: Callable[[Fields], Target], *, num_experts: int, top_k: int, layers: tuple[int, ...]
+) -> tuple[Target, PreTrainedConfig, dict[str, str]]:
     """(Target, the MoE's configuration, the account of the dense fields); Refusal where it cannot be done.
 
     `layers` are the indices of the MoE layers; the others stay dense where the class knows how.
@@ -54,7 +58,7 @@ def configure(config, rule: Callable[[Fields], Target], *, num_experts: int, top
     return target, moe_config, fields.account
 
 
-def hub_shapes(config, class_name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def hub_shapes(config: PreTrainedConfig, class_name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """(Name -> shape of each tensor that `save_pretrained` writes for this class, tied name -> its twin); no memory."""
     import transformers
 
@@ -64,7 +68,7 @@ def hub_shapes(config, class_name: str) -> tuple[dict[str, tuple[int, ...]], dic
     return {name: tuple(tensor.shape) for name, tensor in hub_tensors(model).items()}, dict(model.all_tied_weights_keys)
 
 
-def hub_tensors(model) -> dict[str, Tensor]:
+def hub_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors under the names that `save_pretrained` writes, a tied one once."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -78,7 +82,10 @@ def _pattern(name: str) -> re.Pattern:
 
 
 def build(
-    target: Target, dense_shapes: Mapping[str, tuple], moe_shapes: Mapping[str, tuple], how: Initialisation
+    target: Target,
+    dense_shapes: Mapping[str, tuple[int, ...]],
+    moe_shapes: Mapping[str, tuple[int, ...]],
+    how: Initialisation,
 ) -> tuple[TargetTensor, ...]:
     """The target tensors, layer by layer. ValueError naming one without a source, or a source that nothing uses."""
     table = [(_pattern(name), rule) for name, rule in {**target.moe.tensors, **target.tensors}.items()]

@@ -2,7 +2,7 @@
 
 Three moves recur. A layer that rotates neighbouring pairs becomes one that rotates halves by sorting the rows of q and
 k within each head (`paired_to_halves`; the scores q·k do not see a common order). A class that always has a shared
-expert gets one whose `down_proj` is 0 (`SILENT`): it adds nothing at first, and learns, since its other two matrices
+expert gets one whose `down_proj` is 0: it adds nothing at first, and learns, since its other two matrices
 are copies. A field that a hub file has but no transformers class reads is required to be what the class does, or
 dropped, by name.
 """
@@ -10,138 +10,22 @@ dropped, by name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .base import DECODER, Fields, MoEClass, Rule, Target, expert, experts, filled, kept, refuse, router
-from .rules import MIXTRAL, MLP, MLP_EXPERTS, OWN_CODE, W_DOWN, W_GATE, W_UP
+from .base import DECODER, Fields, Rule, Target, kept, refuse
+from .classes import CLASSES
+from .rules import MIXTRAL
 
-ATTENTION = "model.layers.{layer}.self_attn."
+ATTENTION, MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+GLM4_MOE, COHERE2_MOE = CLASSES["Glm4MoeForCausalLM"], CLASSES["Cohere2MoeForCausalLM"]
 NO_DROPOUT = "dropout, a setting of training; the MoE class has none there"
 NOT_READ = "transformers' classes do not read it"
-
-
-def SILENT(name: str) -> dict[str, Rule]:
-    """A shared expert `name` that starts with the dense FFN's gate and up, and down = 0."""
-    return {
-        MLP + name + ".gate_proj.weight": kept(W_GATE),
-        MLP + name + ".up_proj.weight": kept(W_UP),
-        MLP + name + ".down_proj.weight": filled(),
-    }
-
-
 SILENT_NOTE = "The shared expert that this class always has starts at zero output and costs one more expert per token."
-
-GLM4_MOE = MoEClass(
-    "Glm4MoeForCausalLM",
-    {**MLP_EXPERTS, **SILENT("shared_experts"), MLP + "gate.e_score_correction_bias": filled()},
-    expert_width="moe_intermediate_size",
-    settings={
-        **dict(norm_topk_prob=True, routed_scaling_factor=1.0, n_group=1, topk_group=1),
-        **dict(n_shared_experts=1, first_k_dense_replace=0, num_mtp_layers=0),
-    },
-    fewest_experts=2,  # it adds the two best of each group
-    read_by_getattr=("head_dim",),
-    balance_loss=False,
-    engines={
-        "transformers": "everything",
-        "vLLM": "not known",
-        "llama.cpp": "normalises the weights as it should; the rest is not known",
-    },
-)
-QWEN3_5_MOE = MoEClass(
-    "Qwen3_5MoeForCausalLM",
-    {**MLP_EXPERTS, **SILENT("shared_expert"), MLP + "shared_expert_gate.weight": router()},
-    expert_width="moe_intermediate_size",
-    settings={"output_router_logits": True},
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-COHERE2_MOE = MoEClass(
-    "Cohere2MoeForCausalLM",
-    MLP_EXPERTS,
-    settings={
-        **dict(expert_selection_fn="softmax", norm_topk_prob=True, num_shared_experts=0, rms_norm_eps=None),
-        "prefix_dense_sliding_window_pattern": 4,  # 1 would rotate in every layer that stays dense
-    },
-    dense_layers="mlp_layer_types",
-    read_by_getattr=("rope_parameters",),
-    balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-ERNIE4_5_MOE = MoEClass(
-    "Ernie4_5_MoeForCausalLM",
-    {**MLP_EXPERTS, MLP + "moe_statics.e_score_correction_bias": filled()},
-    expert_width="moe_intermediate_size",
-    settings={
-        **dict(moe_num_shared_experts=0, moe_layer_start_index=0, moe_layer_end_index=-1, moe_layer_interval=1),
-        "output_router_logits": True,
-    },
-    read_by_getattr=("head_dim",),
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-FFN = "model.layers.{layer}.feed_forward."
-LFM2_MOE = MoEClass(
-    "Lfm2MoeForCausalLM",
-    {
-        **{FFN + f"experts.{{expert}}.w{i}.weight": expert(FFN + f"w{i}.weight") for i in (1, 2, 3)},
-        FFN + "gate.weight": router(),
-        FFN + "expert_bias": filled(),
-    },
-    expert_width="moe_intermediate_size",
-    settings=dict(norm_topk_prob=True, routed_scaling_factor=1.0, use_expert_bias=True, num_dense_layers=0),
-    balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-HUNYUAN_MOE = MoEClass(
-    "HunYuanMoEV1ForCausalLM",
-    {
-        **{name: rule for name, rule in MLP_EXPERTS.items() if rule.kind == "expert"},
-        **SILENT("shared_mlp"),
-        MLP + "gate.wg.weight": router(),
-    },
-    balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-G4 = "model.layers.{layer}."
-GEMMA4_MOE = MoEClass(
-    "Gemma4ForCausalLM",
-    {
-        G4 + "experts.gate_up_proj": experts(W_GATE, W_UP, transform=lambda gate, up: torch.cat([gate, up])),
-        G4 + "experts.down_proj": experts(W_DOWN),
-        G4 + "router.proj.weight": router(),
-        G4 + "router.scale": filled(1.0),
-        G4 + "router.per_expert_scale": filled(1.0),
-        # Both branches are normed, then their sum is, so half of each is the dense FFN's output, normed.
-        G4 + "post_feedforward_layernorm_1.weight": filled(0.5),
-        G4 + "post_feedforward_layernorm_2.weight": filled(0.5),
-        G4 + "pre_feedforward_layernorm_2.weight": kept(G4 + "pre_feedforward_layernorm.weight"),
-    },
-    expert_width="moe_intermediate_size",
-    top_k="top_k_experts",
-    settings={"enable_moe_block": True},
-    read_by_getattr=("per_layer_config",),
-    balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-LLAMA4 = MoEClass(
-    "Llama4ForCausalLM",
-    {
-        **{FFN + f"shared_expert.{n}_proj.weight": kept(MLP + f"{n}_proj.weight") for n in ("gate", "up", "down")},
-        FFN + "experts.gate_up_proj": experts(W_GATE, W_UP, transform=lambda gate, up: torch.cat([gate, up]).t()),
-        FFN + "experts.down_proj": filled(),
-        FFN + "router.weight": router(),
-    },
-    settings=dict(
-        use_qk_norm=False, attn_temperature_tuning=False, interleave_moe_layer_step=1,
-        router_jitter_noise=0.0,
-    ),
-    balance_loss=False,
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------- transformations
 
@@ -205,7 +89,7 @@ def qwen3_5(fields: Fields) -> Target:
     fields.require("mlp_only_layers", [], None, because="all layers of a dense model are dense")
     fields.drop("full_attention_interval", because="layer_types says which layers attend")
     fields.drop("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", because=NOT_READ)
-    return Target(QWEN3_5_MOE, notes=(SILENT_NOTE,))
+    return Target(CLASSES["Qwen3_5MoeForCausalLM"], notes=(SILENT_NOTE,))
 
 
 def phi3(fields: Fields) -> Target:
@@ -241,7 +125,7 @@ def phi3(fields: Fields) -> Target:
         fields.carry("sliding_window")
         fields.replace("rope_parameters", "carried", rope_parameters=rope)
         _experts_width(fields)
-        tensors = _same_with(MIXTRAL.tensors, {W_GATE: gate, W_UP: up})
+        tensors = _same_with(MIXTRAL.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
         engines = {} if fields["sliding_window"] is None else {"llama.cpp": "no sliding window: equal up to its length"}
         return Target(MIXTRAL, {**tensors, **attention}, engines=engines, notes=notes)
     # Only a part of each head is rotated: Mixtral rotates all of it, Glm4Moe does not.
@@ -256,11 +140,11 @@ def phi3(fields: Fields) -> Target:
     fields.replace("rope_parameters", "carried", rope_parameters={**rope, "partial_rotary_factor": share})
     fields.set(attention_bias=False, use_qk_norm=False)
     _experts_width(fields, moe_intermediate_size=width)
-    tensors = _same_with(GLM4_MOE.tensors, {W_GATE: gate, W_UP: up})
+    tensors = _same_with(GLM4_MOE.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
     return Target(GLM4_MOE, {**tensors, **attention}, notes=(SILENT_NOTE, *notes), exact_up_to=window)
 
 
-def _same_with(tensors, fused: dict) -> dict[str, Rule]:
+def _same_with(tensors: Mapping[str, Rule], fused: Mapping[str, tuple[str, Callable]]) -> dict[str, Rule]:
     """The table with some source tensors cut out of others: source -> (the other, how)."""
     changed = {}
     for name, rule in tensors.items():
@@ -302,7 +186,7 @@ def gemma4(fields: Fields) -> Target:
         )
     _experts_width(fields, moe_intermediate_size=fields["intermediate_size"])
     return Target(
-        GEMMA4_MOE,
+        CLASSES["Gemma4ForCausalLM"],
         notes=(
             "The dense FFN stays and each token's experts join it with half the weight; all of it is normed once more, "
             "so that outputs whose mean square is not far above rms_norm_eps differ by the ratio.",
@@ -354,7 +238,7 @@ def ernie4_5(fields: Fields) -> Target:
     fields.rope()
     fields.require("use_bias", False, None, because="Ernie4_5_Moe's experts have no biases")
     _experts_width(fields, moe_intermediate_size=fields["intermediate_size"])
-    return Target(ERNIE4_5_MOE)
+    return Target(CLASSES["Ernie4_5_MoeForCausalLM"])
 
 
 def lfm2(fields: Fields) -> Target:
@@ -377,7 +261,7 @@ def lfm2(fields: Fields) -> Target:
     fields.drop("block_use_xavier_init", "conv_use_xavier_init", "conv_dim", "conv_dim_out", because=NOT_READ)
     fields.drop("num_heads", "use_pos_enc", because=NOT_READ)
     return Target(
-        LFM2_MOE,
+        CLASSES["Lfm2MoeForCausalLM"],
         notes=("Lfm2Moe divides the combine weights by their sum + 1e-6, so outputs are lower by about 1e-6 of them.",),
     )
 
@@ -386,7 +270,7 @@ def hunyuan(fields: Fields) -> Target:
     fields.carry(*DECODER, "attention_bias", "rope_parameters", "eod_token_id")
     _head_dim(fields)
     _experts_width(fields)
-    return Target(HUNYUAN_MOE, notes=(SILENT_NOTE,))
+    return Target(CLASSES["HunYuanMoEV1ForCausalLM"], notes=(SILENT_NOTE,))
 
 
 def seed_oss(fields: Fields) -> Target:
@@ -429,68 +313,13 @@ def smollm3(fields: Fields) -> Target:
     names = [f"{ATTENTION}{n}_proj.{part}" for n in ("q", "k") for part in parts]
     sort = partial(halves_to_paired, head_dim=head_dim)
     return Target(
-        LLAMA4,
+        CLASSES["Llama4ForCausalLM"],
         {name: kept(name, transform=sort) for name in names},
         notes=(
             "A residual MoE: the dense FFN is the shared expert, the routed experts (its copies with down_proj=0) add "
             "to it; Llama4 weights them by sigmoid, not normalised, so copies could not replace it.",
         ),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-_TEXT_PART = (
-    "take its text part: load the folder with AutoModelForCausalLM, save_pretrained() it to a new folder, and give that"
-)
-UNGATED = "its FFN has no gate, and no stock decoder class has experts without one but NemotronH (relu², no rotation)"
-# model_type -> (why no stock class computes it, what comes closest, if anything)
-REFUSED: dict[str, tuple[str, str | None]] = {
-    "gpt2": (
-        UNGATED + "; its positions are learned, too",
-        "upcycling.from_hf gives a DecoderLM with the same logits, and upcycling.upcycle makes that an MoE",
-    ),
-    "gpt_neox": (UNGATED, OWN_CODE),
-    "gptj": (UNGATED, OWN_CODE),
-    "gpt_neo": (UNGATED + "; its positions are learned, too", OWN_CODE),
-    "gpt_bigcode": (UNGATED + "; its positions are learned, too", OWN_CODE),
-    "codegen": (UNGATED, OWN_CODE),
-    "starcoder2": (UNGATED, OWN_CODE),
-    "phi": (UNGATED, "Phi-3, whose FFN is gated"),
-    "opt": (UNGATED + "; its positions are learned, too", OWN_CODE),
-    "bloom": (UNGATED + "; its positions are ALiBi's, too", OWN_CODE),
-    "falcon": (UNGATED, OWN_CODE),
-    "mpt": (UNGATED + "; its positions are ALiBi's, too", OWN_CODE),
-    "persimmon": (UNGATED, OWN_CODE),
-    "arcee": (UNGATED + " (Arcee's activation is relu², with rotation)", OWN_CODE),
-    "apertus": (UNGATED + " (Apertus's activation is xIELU)", OWN_CODE),
-    "nemotron": (UNGATED + " (Nemotron rotates a part of each head, under LayerNorm1P)", OWN_CODE),
-    "gemma2": (
-        "it norms before and after attention and FFN and caps its attention scores; no MoE class does all of that",
-        "Gemma 1 or Gemma 4",
-    ),
-    "gemma3_text": (
-        "it norms before and after attention and FFN, with two rotation bases; Gemma4 does, but norms the values, too",
-        "Gemma 1 or Gemma 4",
-    ),
-    "stablelm": (
-        "it has LayerNorm with biases and rotates a part of each head; PhiMoE, the nearest, rotates whole heads and "
-        "its combine weights do not sum to 1",
-        OWN_CODE,
-    ),
-    "olmo": ("its LayerNorm has no weights, and Olmoe's RMSNorm does not subtract the mean", "OLMo 2 or OLMo 3"),
-    "exaone4": ("it norms after attention and FFN, and ExaoneMoe norms before them", OWN_CODE),
-    "glm4": ("it norms before and after attention and FFN, and Glm4Moe only before them", OWN_CODE),
-    **{kind: ("it is a model of several parts, of which text is one", _TEXT_PART) for kind in (
-        "gemma3", "gemma3n", "gemma4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_vl",
-    )},
-    **{kind: ("it is an MoE already", None) for kind in (
-        "cohere2_moe", "dbrx", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe",
-        "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2_moe", "llama4",
-        "llama4_text", "mellum", "minimax", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
-        "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
-    )},
-}  # fmt: skip
 
 
 FAMILIES: dict[str, Callable[[Fields], Target]] = {

@@ -2,18 +2,19 @@
 
 A family is one function `rule(fields) -> Target`. It reads a dense configuration through `Fields`, where every field
 has to be carried, replaced, required or dropped *by name* (what is left over and not at its default is an error), and
-returns the MoE class together with a table of its tensors, in the names that `save_pretrained` writes:
+returns an MoE class of `classes.json`, where a table says what its tensors are made from, in the names that
+`save_pretrained` writes. A family whose tensors have to be changed gives its own table, which goes before the class's:
 
-    {"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": expert("model.layers.{layer}.mlp.gate_proj.weight"),
-     "model.layers.{layer}.mlp.gate.weight": router()}
+    {"model.norm.weight": kept("model.norm.weight", transform=one_plus)}
 
-A target tensor that the table does not name is a copy of the source tensor of the same name. So a rule is stated per
-target tensor, with the source tensors that it is made from, and the in-memory path and the streaming one (shard by
-shard) carry out the same list: `build(target, …) -> tuple[TargetTensor, …]`. It fails by name when a source tensor is
-used by no target, or a target has no source. All of this works on configurations and shapes; no weight is read.
+A target tensor that no table names is a copy of the source tensor of the same name. So a rule is stated per target
+tensor, with the source tensors that it is made from, and the in-memory path and the streaming one (shard by shard)
+carry out the same list: `engine.build(target, …) -> tuple[TargetTensor, …]`. It fails by name when a source tensor is
+used by no target, or a target has no source.
 
-To add a family: write its function and add it to a module's `FAMILIES` (model_type -> rule), and a line of tiny
-configurations to `tests/tiny_families.json`. `refuse(reason, nearest)` ends a rule where no stock class fits.
+To add a family: write its function and add it to a module's `FAMILIES` (model_type -> rule), its class to
+`classes.json` if it is not there, and a line of tiny configurations to the tests' `tiny_families.json`.
+`refuse(reason, nearest)` ends a rule where no stock class fits.
 """
 
 from __future__ import annotations
@@ -21,93 +22,13 @@ from __future__ import annotations
 import copy as _copy
 from collections.abc import Callable
 
-from .base import DECODER, Fields, MoEClass, Target, expert, experts, filled, refuse, router, rows
+from .base import DECODER, Fields, Target, refuse
+from .classes import CLASSES
 
-MLP = "model.layers.{layer}.mlp."
-W_GATE, W_UP, W_DOWN = (MLP + part for part in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
-MLP_EXPERTS = {
-    MLP + "experts.{expert}.gate_proj.weight": expert(W_GATE),
-    MLP + "experts.{expert}.up_proj.weight": expert(W_UP),
-    MLP + "experts.{expert}.down_proj.weight": expert(W_DOWN),
-    MLP + "gate.weight": router(),
-}
-BLOCK = "model.layers.{layer}.block_sparse_moe."
-NORMALISED = {"norm_topk_prob": True, "output_router_logits": True}
-
-MIXTRAL = MoEClass(
-    "MixtralForCausalLM",
-    {
-        BLOCK + "experts.{expert}.w1.weight": expert(W_GATE),
-        BLOCK + "experts.{expert}.w3.weight": expert(W_UP),
-        BLOCK + "experts.{expert}.w2.weight": expert(W_DOWN),
-        BLOCK + "gate.weight": router(),
-    },
-    settings={"output_router_logits": True, "router_jitter_noise": 0.0},
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
-)
-GRANITE_MOE = MoEClass(
-    "GraniteMoeForCausalLM",
-    {
-        BLOCK + "input_linear.weight": experts(W_GATE, W_UP, transform=rows),
-        BLOCK + "output_linear.weight": experts(W_DOWN),
-        BLOCK + "router.layer.weight": router(),
-    },
-    settings={"output_router_logits": True},
-    read_by_getattr=("head_dim",),
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "everything"},
-)
-QWEN2_MOE = MoEClass(
-    "Qwen2MoeForCausalLM",
-    # The shared expert has width 0. Its gate is drawn, not zero: llama.cpp computes sigmoid(x) as silu(x)/x.
-    {
-        **MLP_EXPERTS,
-        **{MLP + f"shared_expert.{n}_proj.weight": filled() for n in ("gate", "up", "down")},
-        MLP + "shared_expert_gate.weight": router(),
-    },
-    expert_width="moe_intermediate_size",
-    settings={**NORMALISED, "shared_expert_intermediate_size": 0, "decoder_sparse_step": 1},
-    dense_layers="mlp_only_layers",
-    read_by_getattr=("head_dim",),
-    engines={
-        "transformers": "everything",
-        "vLLM": "no sliding window; skips the shared expert of width 0",
-        "llama.cpp": "no: it hard-codes un-normalised weights for this class, and wants an untied output head",
-    },
-)
-QWEN3_MOE = MoEClass(
-    "Qwen3MoeForCausalLM",
-    MLP_EXPERTS,
-    expert_width="moe_intermediate_size",
-    settings={**NORMALISED, "decoder_sparse_step": 1},
-    dense_layers="mlp_only_layers",
-    read_by_getattr=("head_dim",),
-    engines={"transformers": "everything", "vLLM": "everything", "llama.cpp": "only if every layer is an MoE layer"},
-)
-MELLUM = MoEClass(
-    "MellumForCausalLM",
-    MLP_EXPERTS,
-    expert_width="moe_intermediate_size",
-    settings=NORMALISED,
-    dense_layers="mlp_layer_types",
-    engines={"transformers": "everything", "vLLM": "not known", "llama.cpp": "not known"},
-)
-FLEX_OLMO = MoEClass(
-    "FlexOlmoForCausalLM",
-    MLP_EXPERTS,
-    settings=NORMALISED,
-    read_by_getattr=("head_dim",),
-    engines={
-        "transformers": "everything",
-        "vLLM": "un-normalised weights, whose sum the norm after the FFN takes out at the start only: train with "
-        "norm_topk_prob=False for it",
-        "llama.cpp": "as vLLM",
-    },
-)
+MIXTRAL, GRANITE_MOE = CLASSES["MixtralForCausalLM"], CLASSES["GraniteMoeForCausalLM"]
+OWN_CODE = "a modelling file of your own, loaded with trust_remote_code"
 
 # ------------------------------------------------------------------------------------------------------------ families
-
-
-OWN_CODE = "a modelling file of your own, loaded with trust_remote_code"
 
 
 def llama(fields: Fields) -> Target:
@@ -150,7 +71,7 @@ def qwen2(fields: Fields) -> Target:
         moe_intermediate_size=fields["intermediate_size"],
     )
     fields.set(qkv_bias=True)
-    return Target(QWEN2_MOE)
+    return Target(CLASSES["Qwen2MoeForCausalLM"])
 
 
 def qwen3(fields: Fields) -> Target:
@@ -166,19 +87,19 @@ def qwen3(fields: Fields) -> Target:
     if "sliding_attention" not in fields["layer_types"]:
         fields.rope()
         fields.drop("layer_types", "sliding_window", "use_sliding_window", because="all layers see everything")
-        return Target(QWEN3_MOE)
+        return Target(CLASSES["Qwen3MoeForCausalLM"])
     # Qwen3Moe has one window for all layers or none; Mellum is the same block with a type for each layer.
     fields.rope(layer_types=("full_attention", "sliding_attention"))
     fields.carry("layer_types", "sliding_window")
     fields.drop("use_sliding_window", because="layer_types says which layers have a window")
-    return Target(MELLUM)
+    return Target(CLASSES["MellumForCausalLM"])
 
 
 def olmo2(fields: Fields) -> Target:
     fields.carry(*DECODER, "attention_bias")
     fields.rope()
     fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
-    return Target(FLEX_OLMO)
+    return Target(CLASSES["FlexOlmoForCausalLM"])
 
 
 def olmo3(fields: Fields) -> Target:
@@ -197,10 +118,10 @@ def olmo3(fields: Fields) -> Target:
     window = fields["sliding_window"] if "sliding_attention" in kinds else None
     fields.drop("sliding_window", because="FlexOlmo has none; see max_position_embeddings")
     if window is None or window >= fields["max_position_embeddings"]:
-        return Target(FLEX_OLMO, exact_up_to=window)
+        return Target(CLASSES["FlexOlmoForCausalLM"], exact_up_to=window)
     fields.replace("max_position_embeddings", f"cut to the window, {window}", max_position_embeddings=window)
     return Target(
-        FLEX_OLMO,
+        CLASSES["FlexOlmoForCausalLM"],
         exact_up_to=window,
         notes=(f"FlexOlmo has no sliding window: the same function up to {window} tokens, not beyond.",),
     )

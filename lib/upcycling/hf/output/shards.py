@@ -7,16 +7,19 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..files import replacing
-from .families.base import TargetTensor
-from .weight_files import CODES, WeightFiles
+from ...files import replacing
+from ..families.base import TargetTensor
+from ..weight_files import CODES, WeightFiles, as_bytes
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MAX_SHARD_SIZE = 2 * 10**9  # bytes; transformers loads several files no slower than one
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Shard:
     @property
     def header(self) -> bytes:
         """The file's beginning: the header's length, then names, types, shapes and places of all tensors, as JSON."""
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for entry in self.entries:
             begin, end = end, end + entry.bytes
             header[entry.name] = {
@@ -63,7 +67,7 @@ class Shard:
     def bytes(self) -> int:
         return len(self.header) + sum(entry.bytes for entry in self.entries)
 
-    def write(self, folder: Path, source: WeightFiles, bar) -> str:
+    def write(self, folder: Path, source: WeightFiles, bar: tqdm) -> str:
         """Write the file, holding one tensor at a time, and return its SHA-256.
 
         The safetensors format allows that: a header with every tensor's place, then their bytes in that order. The
@@ -74,7 +78,7 @@ class Shard:
             file.write(self.header)
             bar.update(len(self.header))
             for entry in self.entries:
-                data = entry.make(source).reshape(-1).view(torch.uint8).numpy()
+                data = as_bytes(entry.make(source)).numpy()
                 file.write(data)
                 digest.update(data)
                 bar.update(data.nbytes)
@@ -83,7 +87,8 @@ class Shard:
 
 def plan_shards(entries: list[Entry], max_shard_size: int) -> tuple[Shard, ...]:
     """Distribute tensors, in order, over files of at most `max_shard_size` bytes (a larger tensor gets its own)."""
-    groups, size = [[]], 0
+    groups: list[list[Entry]] = [[]]
+    size = 0
     for entry in entries:
         if groups[-1] and size + entry.bytes > max_shard_size:
             groups.append([])
@@ -91,7 +96,8 @@ def plan_shards(entries: list[Entry], max_shard_size: int) -> tuple[Shard, ...]:
         groups[-1].append(entry)
         size += entry.bytes
     # Wide types first, as safetensors writes them: then every tensor begins at a multiple of its element size.
-    groups = [tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize)) for group in groups]
-    if len(groups) == 1:
-        return (Shard("model.safetensors", groups[0]),)
-    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1))
+    contents = [tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize)) for group in groups]
+    if len(contents) == 1:
+        return (Shard("model.safetensors", contents[0]),)
+    many = len(contents)
+    return tuple(Shard(f"model-{i:05d}-of-{many:05d}.safetensors", group) for i, group in enumerate(contents, 1))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
-from .receipt import Receipt, _versions
+from ..receipt import Receipt, versions
+
+if TYPE_CHECKING:
+    from ..convert import Conversion
 
 CARD = """\
 ---
@@ -44,16 +48,16 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 _ASKED = ("num_experts", "top_k", "layers", "init", "noise", "router_std", "seed")
 
 
-def receipt_record(job, receipt: Receipt | None, digests: dict[str, str]) -> dict:
+def receipt_record(job: Conversion, receipt: Receipt | None, digests: dict[str, str]) -> dict[str, Any]:
     """The JSON beside the weights: what was asked for, what was found, and the SHA-256 of each weight file."""
-    found = {"source": job.plan.source, "target": job.plan.target, "versions": _versions()}
+    found = {"source": job.plan.source, "target": job.plan.target, "versions": versions()}
     if receipt is not None:
         found = json.loads(receipt.to_json())
     asked = {name: getattr(job.plan, name) for name in _ASKED}
     return {"base_model": job.title, "conversion": asked, "verified": receipt is not None, **found, "weights": digests}
 
 
-def model_card(job, receipt: Receipt | None) -> str:
+def model_card(job: Conversion, receipt: Receipt | None) -> str:
     """README.md: front matter, how to load it, the receipt, what to know before training."""
     plan, sizes = job.plan, job.plan.sizes
     exact = plan.init == "copy"

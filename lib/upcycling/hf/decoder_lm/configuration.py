@@ -1,0 +1,251 @@
+"""A DecoderLM's configuration as one of transformers', and back; what has no counterpart is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ...core.config import ModelConfig, MoEConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Their field -> ours, where the value is the same.
+_ALWAYS = {"vocab_size": "vocab_size", "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std"}
+_GPT2 = _ALWAYS | {
+    "n_positions": "seq_len", "n_embd": "d_model", "n_layer": "n_layers", "n_head": "n_heads", "n_inner": "d_ff",
+    "layer_norm_epsilon": "norm_eps",
+}  # fmt: skip
+_LLAMA = _ALWAYS | {
+    "max_position_embeddings": "seq_len", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
+}  # fmt: skip
+KINDS = ("llama", "gpt2", "mixtral", "qwen2_moe")  # transformers' model types
+_GPT2_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+_GPT2_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+_ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+# Fields of a transformers configuration that do not change the logits.
+_HARMLESS = {
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "problem_type"),
+    *("id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "pretraining_tp"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+    "reorder_and_upcast_attn",  # GPT-2: the same scores, in float32 also where the model is not
+}
+
+# ---------------------------------------------------------------------------------------------------- ours to theirs
+
+
+def kind_of(config: ModelConfig) -> str:
+    """The transformers model_type that expresses `config`; a ValueError names the setting where there is none."""
+    for reason in _refusals(config):
+        raise ValueError(reason)
+    moe = config.moe
+    if config.norm == "layernorm":
+        return "gpt2"
+    if moe is None:
+        return "llama"
+    everywhere = len(config.moe_layers) == config.n_layers
+    return "mixtral" if everywhere and moe.renormalize and not config.qkv_bias else "qwen2_moe"
+
+
+def _refusals(config: ModelConfig) -> Iterator[str]:
+    """Every setting that no class expresses, with the remedy."""
+    shape, activation = (config.norm, config.position), config.activation
+    llama = shape == ("rmsnorm", "rope") and activation == "swiglu"
+    gpt2 = shape == ("layernorm", "learned") and activation != "swiglu"
+    if not config.causal:
+        yield "causal=False has no standard class, they are all causal; build the model with causal=True"
+    if config.head_bias:
+        yield (
+            "head_bias=True: no standard class has a bias in its head; train with head_bias=False, which GPT-2's class "
+            "expresses, also with activation='relu'"
+        )
+    if not llama and not gpt2:
+        yield (
+            f"norm={config.norm!r}, position={config.position!r}, activation={activation!r} is no standard class's "
+            "combination; nearest are ModelConfig.smol (rmsnorm, rope, swiglu: Llama) and ModelConfig.simple "
+            "(layernorm, learned, gelu or relu: GPT-2)"
+        )
+    if config.moe and gpt2:
+        yield (
+            f"activation={activation!r}: no standard class has experts without a gate; upcycle a ModelConfig.smol "
+            "model, which becomes a Mixtral"
+        )
+    if gpt2 and config.kv_heads != config.n_heads:
+        yield (
+            f"n_kv_heads={config.n_kv_heads}: GPT-2 has one key/value head for each query head; use ModelConfig.smol "
+            f"or n_kv_heads={config.n_heads}"
+        )
+    if llama and config.dropout:
+        yield (
+            f"dropout={config.dropout}: Llama and Mixtral have none beside attention's; give the weights to "
+            "DecoderLM(replace(config, dropout=0.0)), which computes the same in evaluation"
+        )
+    if config.moe:
+        yield from _moe_refusals(config, config.moe)
+
+
+def _moe_refusals(config: ModelConfig, moe: MoEConfig) -> Iterator[str]:
+    rule = moe.router
+    if rule is not None and not (rule.kind == "top_k" and (rule.softmax_first or moe.renormalize)):
+        yield (
+            f"router={rule}: Mixtral and Qwen2-MoE know softmax top-k alone; use router=None, or 'top_k' with "
+            "renormalize=True"
+        )
+    if moe.shared_experts:
+        yield f"shared_experts={moe.shared_experts}: Mixtral has none, Qwen2-MoE's stands behind a gate; use 0"
+    if moe.capacity_factor is not None:
+        yield (
+            f"capacity_factor={moe.capacity_factor}: no standard class drops tokens; give the weights to a model with "
+            "capacity_factor=None"
+        )
+    if moe.logit_norm is not None:
+        yield f"logit_norm={moe.logit_norm}: no standard class standardises its router's scores; use None"
+    if moe.noisy:
+        yield (
+            "noisy=True: no standard class has a noisy router; in evaluation noise is off, so give the weights without "
+            "the `noise` ones to a model with noisy=False"
+        )
+    if moe.router_bias:
+        yield (
+            "router_bias=True: Mixtral's and Qwen2-MoE's routers have no bias (GptOss has one, with an activation that "
+            "engines fix otherwise); train with router_bias=False"
+        )
+    if config.ffn_bias:
+        yield "ffn_bias=True: Mixtral's and Qwen2-MoE's experts have no bias; use ffn_bias=False"
+    if config.attention_out_bias:
+        yield "attention_out_bias=True: neither Mixtral nor Qwen2-MoE has it; use attention_out_bias=False"
+
+
+def to_settings(config: ModelConfig, kind: str) -> dict[str, Any]:
+    """The keyword arguments of transformers' configuration class."""
+    if kind == "gpt2":
+        settings = {theirs: getattr(config, ours) for theirs, ours in _GPT2.items()}
+        dropouts = dict.fromkeys(_GPT2_DROPOUTS, config.dropout)
+        return settings | dropouts | dict(activation_function=_GPT2_ACTIVATION[config.activation])
+    settings = {theirs: getattr(config, ours) for theirs, ours in _LLAMA.items()} | dict(
+        num_key_value_heads=config.kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+    moe = config.moe
+    if moe is None:
+        return settings | dict(attention_bias=config.qkv_bias or config.attention_out_bias, mlp_bias=config.ffn_bias)
+    aux_weight = moe.aux_weight if moe.balance in ("layer", "pooled") else 0.0
+    settings |= dict(
+        intermediate_size=config.expert_width if len(config.moe_layers) == config.n_layers else config.d_ff,
+        num_experts_per_tok=moe.top_k,
+        router_aux_loss_coef=aux_weight * len(config.moe_layers) / moe.top_k,
+        output_router_logits=aux_weight > 0,  # without it transformers leaves the balance loss out
+    )
+    if kind == "mixtral":
+        return settings | dict(num_local_experts=moe.num_experts)
+    return settings | dict(
+        num_experts=moe.num_experts,
+        moe_intermediate_size=config.expert_width,
+        shared_expert_intermediate_size=0,
+        norm_topk_prob=moe.renormalize,
+        mlp_only_layers=[layer for layer in range(config.n_layers) if layer not in config.moe_layers],
+        qkv_bias=config.qkv_bias,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- theirs to ours
+
+
+class _Fields(dict):
+    """A transformers configuration's fields, taken out one by one, so that those that nobody knows are left over."""
+
+    def take(self, *names: str) -> list[Any]:
+        return [self.pop(name, None) for name in names]
+
+    def rename(self, names: dict[str, str]) -> dict[str, Any]:
+        return {ours: self.pop(theirs) for theirs, ours in names.items()}
+
+    def require(self, name: str, *allowed: Any) -> None:
+        value = self.pop(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} has no counterpart in DecoderLM, only {name}={allowed[0]!r} has")
+
+
+def from_config(config: PreTrainedConfig) -> ModelConfig:
+    """Our configuration for a transformers one; every field is used, known to be harmless, or refused by name."""
+    kind, fields = config.model_type, _Fields(config.to_dict())
+    if kind not in KINDS:
+        raise ValueError(
+            f"model_type={kind!r} has no DecoderLM; from_hf takes {', '.join(KINDS)}. To upcycle a model of another "
+            "family into a standard class use upcycle_pretrained"
+        )
+    fields.require("is_encoder_decoder", False)
+    sizes = _from_gpt2(fields) if kind == "gpt2" else _from_llama(kind, fields)
+    for name in sorted(set(fields) - _HARMLESS):
+        raise ValueError(
+            f"{name}={fields[name]!r} is a field that from_hf does not know for {kind}, and it could change the "
+            "model's function; remove it from the configuration if it does not"
+        )
+    return ModelConfig(**sizes, head_bias=False)
+
+
+def _from_gpt2(fields: _Fields) -> dict[str, Any]:
+    fields.require("scale_attn_weights", True)
+    fields.require("scale_attn_by_inverse_layer_idx", False)
+    fields.require("add_cross_attention", False)
+    (activation,) = fields.take("activation_function")
+    dropout, *others = fields.take(*_GPT2_DROPOUTS)
+    if others != [dropout, dropout]:
+        raise ValueError(
+            f"{', '.join(_GPT2_DROPOUTS)} are {dropout}, {others[0]}, {others[1]}; DecoderLM has one for all"
+        )
+    if activation not in _ACTIVATION:
+        raise ValueError(f"activation_function={activation!r} is none of DecoderLM's; known: {', '.join(_ACTIVATION)}")
+    sizes = fields.rename(_GPT2)
+    sizes["d_ff"] = sizes["d_ff"] or 4 * sizes["d_model"]
+    return sizes | dict(norm="layernorm", position="learned", activation=_ACTIVATION[activation], dropout=dropout)
+
+
+def _from_llama(kind: str, fields: _Fields) -> dict[str, Any]:
+    sizes = fields.rename(_LLAMA) | dict(norm="rmsnorm", position="rope", activation="swiglu")
+    sizes |= dict(
+        n_kv_heads=fields.pop("num_key_value_heads"), qkv_bias=False, attention_out_bias=False, ffn_bias=False
+    )
+    fields.require("hidden_act", "silu", "swish")
+    fields.require("head_dim", sizes["d_model"] // sizes["n_heads"], None)  # hidden_size / num_attention_heads
+    fields.require("attention_dropout", 0.0)
+    rope = dict(fields.pop("rope_parameters"))
+    sizes["rope_theta"] = rope.pop("rope_theta")
+    for name, only in (("rope_type", "default"), ("partial_rotary_factor", 1.0)):
+        if (value := rope.pop(name, only)) != only:
+            raise ValueError(f"rope_parameters has {name}={value!r}, DecoderLM has only {name}={only!r}")
+    if rope:
+        raise ValueError(f"rope_parameters has {', '.join(sorted(rope))}, which DecoderLM's plain RoPE does not use")
+    if kind == "llama":
+        bias = fields.pop("attention_bias", False)
+        return sizes | dict(qkv_bias=bias, attention_out_bias=bias, ffn_bias=fields.pop("mlp_bias", False))
+
+    layers, context = sizes["n_layers"], sizes["seq_len"]
+    top_k, window, coefficient = fields.take("num_experts_per_tok", "sliding_window", "router_aux_loss_coef")
+    renormalize, moe_layers = True, tuple(range(layers))
+    if kind == "mixtral":
+        experts = fields.pop("num_local_experts")
+        fields.require("router_jitter_noise", 0.0)
+        if window is not None and window < context:
+            raise ValueError(f"sliding_window={window} is shorter than the context of {context}; DecoderLM has none")
+    else:
+        experts, sizes["qkv_bias"], renormalize = fields.take("num_experts", "qkv_bias", "norm_topk_prob")
+        fields.require("use_sliding_window", False)
+        fields.require("shared_expert_intermediate_size", 0)
+        fields.require("layer_types", ["full_attention"] * layers)
+        fields.take("max_window_layers")
+        dense, step, width = fields.take("mlp_only_layers", "decoder_sparse_step", "moe_intermediate_size")
+        moe_layers = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+        if len(moe_layers) < layers and width != sizes["d_ff"]:
+            raise ValueError(
+                f"moe_intermediate_size={width} differs from intermediate_size={sizes['d_ff']} of the dense layers; "
+                "DecoderLM has one width for both"
+            )
+        sizes["d_ff"] = width
+    partial = None if len(moe_layers) == layers else moe_layers
+    aux_weight = coefficient * top_k / max(1, len(moe_layers))
+    moe = MoEConfig(num_experts=experts, top_k=top_k, renormalize=renormalize, layers=partial, aux_weight=aux_weight)
+    return sizes | dict(moe=moe)
