@@ -165,7 +165,7 @@ def test_stacked_biases_are_not_decayed():
     experts = torch.nn.Module()
     for name, shape in {"down_proj": (E, 8, 8), "down_proj_bias": (E, 8), "b_up_EF": (E, 8), "norm": (8,)}.items():
         experts.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
-    decayed, rest = optim._optimizer(experts, make_config(weight_decay=0.1), torch.device("cpu")).param_groups
+    decayed, rest = optim.optimizer_of(experts, make_config(weight_decay=0.1), torch.device("cpu")).param_groups
     assert [weight.shape for weight in decayed["params"]] == [(E, 8, 8)] and decayed["weight_decay"] == 0.1
     assert len(rest["params"]) == 3 and rest["weight_decay"] == 0.0
 

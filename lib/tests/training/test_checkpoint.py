@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from upcycling import files
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
 from upcycling.text.stream import TokenStream
-from upcycling.training import checkpoint
-from upcycling.training import loop as training
+from upcycling.training import checkpoint, run_files
 from upcycling.training.checkpoint import load_model, save_model
 from upcycling.training.config import TrainConfig
 from upcycling.training.evaluation import evaluate
@@ -78,8 +78,8 @@ def half_a_file(tensors, path, **_):
     os.truncate(path, 60)
 
 
-def half_a_row(run, row):
-    with open(run.directory / "history.jsonl", "a") as file:
+def half_a_row(files, row):
+    with open(files.history, "a") as file:
         file.write(json.dumps(row)[:40])
 
 
@@ -87,12 +87,12 @@ def half_a_row(run, row):
 MOMENTS = {
     "before the first checkpoint": lambda: kill_at_call(TokenStream, "random_windows", 2),
     "in the middle of an update": lambda: kill_at_call(torch.optim.Optimizer, "zero_grad", 6),
-    "while a file is being written": lambda: kill_at_call(checkpoint, "save_file", 4, half_a_file),
-    "before the file is flushed": lambda: kill_at_call(checkpoint.os, "fsync", 5),
-    "between writing and renaming": lambda: kill_at_call(checkpoint.os, "replace", 5),
-    "in the middle of a line of history": lambda: kill_at_call(training._Run, "_append", 5, half_a_row),
-    "between history and checkpoint": lambda: kill_at_call(training, "save_checkpoint", 5),
-    "after the last update, before the last checkpoint": lambda: kill_at_call(training, "save_checkpoint", 6),
+    "while a file is being written": lambda: kill_at_call(files, "save_file", 4, half_a_file),
+    "before the file is flushed": lambda: kill_at_call(files.os, "fsync", 5),
+    "between writing and renaming": lambda: kill_at_call(files.os, "replace", 5),
+    "in the middle of a line of history": lambda: kill_at_call(run_files.RunFiles, "append", 5, half_a_row),
+    "between history and checkpoint": lambda: kill_at_call(run_files, "save_checkpoint", 5),
+    "after the last update, before the last checkpoint": lambda: kill_at_call(run_files, "save_checkpoint", 6),
 }
 
 

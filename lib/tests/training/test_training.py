@@ -277,7 +277,7 @@ def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
     streams, config = (make_stream(), make_stream(200, seed=1)), make_config()
     trained, again = make_model(), make_model(seed=9)
     first = train(trained, *streams, config, directory=tmp_path, **QUIET)
-    monkeypatch.setattr(training._Run, "_update", None)
+    monkeypatch.setattr(training.Run, "update", None)
     assert train(again, *streams, config, directory=tmp_path, **QUIET) == first
     assert distance(trained, again) == 0
 

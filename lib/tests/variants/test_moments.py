@@ -13,7 +13,7 @@ from upcycling.core.transfer import upcycle
 from upcycling.text.stream import TokenStream
 from upcycling.training.config import TrainConfig
 from upcycling.training.loop import train
-from upcycling.training.optim import _optimizer
+from upcycling.training.optim import optimizer_of
 from upcycling.variants.moments import carry_moments
 
 STREAM = TokenStream.from_ids(torch.randint(29, (600,), generator=torch.Generator().manual_seed(0)).tolist(), 29)
@@ -42,7 +42,7 @@ def test_a_dense_run_goes_on_bit_for_bit(run):
     dense, latest = run
     whole = copied(dense)
     # the run as it would have gone on: AdamW with the checkpoint's state, by hand
-    optimizer = _optimizer(whole, CONFIG, torch.device("cpu"))
+    optimizer = optimizer_of(whole, CONFIG, torch.device("cpu"))
     parameters = dict(whole.named_parameters())
     for name, state in carry_moments(latest, dense, dense).items():
         optimizer.state[parameters[name]] = {key: value.clone() for key, value in state.items()}
@@ -66,7 +66,7 @@ def test_a_dense_run_goes_on_bit_for_bit(run):
 
 def test_an_optimizer_serves_as_well_as_its_checkpoint(run):
     dense, latest = run
-    optimizer = _optimizer(dense, CONFIG, torch.device("cpu"))
+    optimizer = optimizer_of(dense, CONFIG, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"this AdamW has no AdamW moments of token_embedding\.weight"):
         carry_moments(optimizer, dense, dense)
     expected = carry_moments(latest, dense, dense)

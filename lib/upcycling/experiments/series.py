@@ -28,7 +28,7 @@ from ..environment import project_folder
 from ..routing.snapshots import RoutingSnapshots
 from ..training.config import TrainConfig
 from ..training.loop import train
-from ..training.run import TrainResult
+from ..training.records import TrainResult
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from ..tables import ShownAsTable, Table
 from ..text.stream import TokenStream
 from ..training.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 from ..training.loop import train
-from ..training.run import TrainResult
+from ..training.records import TrainResult
 
 PARAMETERS = ("all", "router", "experts")
 

@@ -10,13 +10,28 @@ whoever is killed, and whenever, leaves either the old file or the new one. What
 anything is changed: a file that does not fit raises one sentence and leaves model and optimizer as they were.
 """
 
+from __future__ import annotations
+
 import json
+import os
 import platform
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..core.config import ModelConfig
+from ..core.model import DecoderLM
 from ..files import FORMAT, read_tensors, write_tensors
+from .random_state import random_states, set_random_states
+from .records import Standing
+
+if TYPE_CHECKING:
+    from .loop import Run
 
 # Settings that may differ on resume because the weights do not depend on them.
 FREE_SETTINGS = {"eval_every", "eval_batch_size", "log_every", "checkpoint_every", "trackers", "gradient_checkpointing"}
@@ -25,22 +40,17 @@ OPEN_ENDED_SCHEDULES = ("constant", "inverse_sqrt")
 _MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # of a well-formed file
 
 
-def save_model(model, path, **header) -> None:
+def save_model(model: DecoderLM, path: str | os.PathLike, **header: Any) -> None:
     """Write weights and configuration to `path`, atomically; `header` adds entries to its JSON. Raises OSError."""
-    write_tensors(
-        path, {f"model.{name}": tensor for name, tensor in _unique(model).items()}, _model_header(model) | header
-    )
+    write_tensors(path, _prefixed("model", _unique(model)), _model_header(model) | header)
 
 
-def load_model(path):
+def load_model(path: str | os.PathLike) -> DecoderLM:
     """Return the `DecoderLM` of a file of `save_model` or of a training checkpoint, in eval mode, on the CPU.
 
     Does not touch the random state. Raises FileNotFoundError, and ValueError for a file that is damaged, is not one of
     ours, or whose tensors do not fit its own configuration (checked before memory for the model is taken).
     """
-    from ..core.config import ModelConfig
-    from ..core.model import DecoderLM
-
     tensors, header = read_tensors(path)
     weights = _part(tensors, "model.")
     try:
@@ -58,43 +68,43 @@ def load_model(path):
     return model.eval()
 
 
-def save_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup, standing) -> None:
-    """Write everything that resuming needs to `path`, atomically.
+def save_checkpoint(path: str | os.PathLike, run: Run) -> None:
+    """Write everything that resuming `run` needs to `path`, atomically; called by every process, written by the main.
 
-    `rng` maps names to uint8 tensors (process, bytes); `setup` is what a resuming run must share (configurations and
-    data), `standing` where the run stands; both are JSON-able. Raises OSError (a full disk, say) and then leaves the
-    former file as it was.
+    Raises OSError (a full disk, say) and then leaves the former file as it was.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in _unique(model).items()}
-    for name, parameter in _trained(model, optimizer):
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    tensors |= {f"rng.{name}": state for name, state in rng.items()}
-    header = _model_header(model) | {
-        "setup": setup,
-        "standing": standing,
-        "scheduler": scheduler.state_dict(),
-        "optimizer_groups": optimizer.state_dict()["param_groups"],
+    tensors = _prefixed("model", _unique(run.model)) | _prefixed("rng", _all_random_states(run))
+    for name, parameter in _trained(run.model, run.optimizer):
+        tensors |= _prefixed(f"optimizer.{name}", run.optimizer.state.get(parameter, {}))
+    scaler = run.accelerator.scaler
+    header = _model_header(run.model) | {
+        "setup": _setup(run),
+        "standing": asdict(run.standing),
+        "scheduler": run.scheduler.state_dict(),
+        "optimizer_groups": run.optimizer.state_dict()["param_groups"],
         "scaler": scaler.state_dict() if scaler is not None else None,
         "tensors": sorted(tensors),
     }
-    write_tensors(path, tensors, header)
+    if run.accelerator.is_main_process:
+        write_tensors(path, tensors, header)
 
 
-def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setup, names) -> tuple[dict, dict]:
-    """Load a file of `save_checkpoint` into model, optimizer, scheduler and scaler; return (standing, rng).
+def load_checkpoint(path: str | os.PathLike, run: Run) -> None:
+    """Put `run` where the run that wrote `path` stood: model, optimizer, schedule, scaler, random states, standing.
 
-    `rng` and `setup` are those of the present run, `names` those of what `standing` must hold. Raises ValueError when
-    the file is damaged or was made with another setup, naming each field that differs.
+    Raises ValueError when the file is damaged or was made with another setup, naming each field that differs.
     """
     tensors, header = read_tensors(path)
+    model, optimizer, accelerator = run.model, run.optimizer, run.accelerator
     try:
-        _check_setup(header["setup"], json.loads(json.dumps(setup)))
+        _check_setup(header["setup"], json.loads(json.dumps(_setup(run))))
         weights, states, standing = _part(tensors, "model."), _part(tensors, "rng."), header["standing"]
         _check_weights(weights, model)
-        shapes = {name: state.shape for name, state in states.items()}
-        if header["tensors"] != sorted(tensors) or shapes != {name: state.shape for name, state in rng.items()}:
+        shapes = {name: state.shape for name, state in _all_random_states(run).items()}
+        if header["tensors"] != sorted(tensors) or shapes != {name: state.shape for name, state in states.items()}:
             raise ValueError("tensors are missing, or some do not belong")
-        if set(standing) != set(names) or header["scheduler"]["last_epoch"] != standing["step"]:
+        names = {field.name for field in fields(Standing)}
+        if set(standing) != names or header["scheduler"]["last_epoch"] != standing["step"]:
             raise ValueError("it does not say where its run stood")
         moments = {}
         for index, (name, parameter) in enumerate(_trained(model, optimizer)):
@@ -102,43 +112,67 @@ def load_checkpoint(path, model, optimizer, scheduler, *, scaler=None, rng, setu
             for value in moments[index].values():  # full or factored or a scalar: each broadcasts to its parameter
                 if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
                     raise ValueError(f"the optimizer's state of {name} has shape {tuple(value.shape)}")
+        # cloned: torch crashes on a state that does not begin its storage
+        mine = {name: state_PB[accelerator.process_index].clone() for name, state_PB in states.items()}
+        set_random_states(accelerator.device, mine)
         optimizer.load_state_dict({"state": moments, "param_groups": header["optimizer_groups"]})
-        scheduler.load_state_dict(header["scheduler"])
-        if scaler is not None:
-            scaler.load_state_dict(header["scaler"])
+        run.scheduler.load_state_dict(header["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(header["scaler"])
     except _MISFITS as error:
         remedy = "use another directory, or resume=False to start over"
         raise ValueError(f"{path} cannot be resumed from: {_reason(error)}; {remedy}") from error
     model.load_state_dict(weights, strict=False)
-    return standing, states
+    run.standing = Standing(**standing)
 
 
-def _model_header(model) -> dict:
+def _setup(run: Run) -> dict[str, dict[str, Any]]:
+    """What a run that goes on from a checkpoint must share with the one that wrote it."""
+    data = {"train_stream": run.train_stream.key, "validation_stream": run.validation_stream.key}
+    data |= {"processes": run.accelerator.num_processes}
+    if run.seq_len != run.model.config.seq_len:
+        data |= {"seq_len": run.seq_len}
+    if run.optimizer_key is not None:
+        data |= {"optimizer_state": run.optimizer_key}
+    return {"model": run.model.config.to_dict(), "training": asdict(run.config), "data": data}
+
+
+def _all_random_states(run: Run) -> dict[str, Tensor]:
+    """{name: uint8 tensor (process, bytes)}: gathered, so called by every process."""
+    gather, device = run.accelerator.gather, run.accelerator.device
+    return {name: gather(state.to(device).unsqueeze(0)).cpu() for name, state in random_states(device).items()}
+
+
+def _model_header(model: DecoderLM) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "safetensors", "accelerate", "transformers", "numpy")}
     return {"format": FORMAT, "model_config": model.config.to_dict(), "versions": versions}
 
 
-def _unique(model) -> dict:
-    """Return the state dict without second names of the same tensor (a head tied to the embedding)."""
-    kept = {}
+def _unique(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without second names of the same tensor (a head tied to the embedding)."""
+    kept: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not any(tensor is other for other in kept.values()):
             kept[name] = tensor
     return kept
 
 
-def _trained(model, optimizer) -> list:
-    """Return (name, parameter) in the order in which the optimizer counts its parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+def _trained(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters in the order in which the optimizer counts them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return ((names[parameter], parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _part(tensors: dict, prefix: str) -> dict:
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check_weights(weights: dict, model) -> None:
+def _check_weights(weights: dict[str, Tensor], model: nn.Module) -> None:
     expected = _unique(model)
     if missing := sorted(expected.keys() - weights.keys()):
         raise ValueError(f"it lacks {len(missing)} tensors of the model, {missing[0]} first")
@@ -151,11 +185,11 @@ def _check_weights(weights: dict, model) -> None:
 
 def _check_setup(saved: dict, current: dict) -> None:
     differing = []
-    for part, fields in current.items():
+    for part, settings in current.items():
         there = saved[part]
-        for field in sorted(there.keys() | fields.keys()):
-            if there.get(field) != fields.get(field) and field not in FREE_SETTINGS:
-                differing.append(f"{part}.{field} is {there.get(field)!r} there and {fields.get(field)!r} here")
+        for name in sorted(there.keys() | settings.keys()):
+            if there.get(name) != settings.get(name) and name not in FREE_SETTINGS:
+                differing.append(f"{part}.{name} is {there.get(name)!r} there and {settings.get(name)!r} here")
     prolonged = saved["training"]["steps"] < current["training"]["steps"]
     if prolonged and current["training"]["schedule"] in OPEN_ENDED_SCHEDULES:
         differing = [text for text in differing if not text.startswith("training.steps ")]

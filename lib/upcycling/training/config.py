@@ -39,23 +39,11 @@ class TrainConfig:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
-        _at_least(
-            1,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
-            eval_batch_size=self.eval_batch_size,
-            log_every=self.log_every,
-        )
-        _at_least(
-            0,
-            weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps,
-            min_lr_ratio=self.min_lr_ratio,
-            grad_clip=self.grad_clip,
-            eval_every=self.eval_every,
-            checkpoint_every=self.checkpoint_every,
-        )
+        for minimum, names in (
+            (1, ("steps", "batch_size", "accumulation", "eval_batch_size", "log_every")),
+            (0, ("weight_decay", "warmup_steps", "min_lr_ratio", "grad_clip", "eval_every", "checkpoint_every")),
+        ):
+            _at_least(minimum, **{name: getattr(self, name) for name in names})
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate!r} does not train; choose a number above 0")
         object.__setattr__(self, "betas", tuple(self.betas))

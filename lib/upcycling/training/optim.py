@@ -1,12 +1,20 @@
 """The optimizer and the schedule, torch's and transformers'."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .config import TrainConfig
 
 
-def _optimizer(model, config, device):
+def optimizer_of(model: nn.Module, config: TrainConfig, device: torch.device) -> Optimizer:
+    """AdamW or Adafactor over the parameters that ask for a gradient; weight decay on matrices alone."""
     parameters = [item for item in model.named_parameters() if item[1].requires_grad]
     bias = re.compile(r"(^|\.)b_\w+$|bias$")
     matrices = [p for name, p in parameters if p.ndim > 1 and not bias.search(name)]
@@ -21,8 +29,12 @@ def _optimizer(model, config, device):
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
-def _set_optimizer_state(model, optimizer, state) -> str:
-    """Give the optimizer copies of `state`, by parameter name; return a key of the contents."""
+def set_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Tensor]], config: TrainConfig
+) -> str:
+    """Give AdamW copies of `state`, by parameter name; return a key of the contents. Raises ValueError for a misfit."""
+    if config.optimizer != "adamw":
+        raise ValueError(f"optimizer_state is AdamW's, but optimizer={config.optimizer!r}; choose 'adamw'")
     parameters = dict(model.named_parameters())
     digest = hashlib.sha256()
     for name, values in sorted(state.items()):
@@ -41,7 +53,8 @@ def _set_optimizer_state(model, optimizer, state) -> str:
     return digest.hexdigest()[:10]
 
 
-def _scheduler(optimizer, config):
+def scheduler_of(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
+    """The learning rate of each update, as `train` describes."""
     if config.schedule == "onecycle":
         # torch counts the peak's position from 1; without warm-up there is only the way down.
         rise = (config.warmup_steps + 1) / config.steps if config.warmup_steps else 0.0
