@@ -1,5 +1,7 @@
 """The HTML report holds the trace, works in a real browser, and no text in it can do harm."""
 
+import base64
+import hashlib
 import json
 import os
 import shutil
@@ -227,6 +229,10 @@ def test_the_page_refers_to_nothing_outside(path):
     page = Page(path)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
+    for tag in ("style", "script"):  # what the policy lets through is what stands between the tags
+        text = path.read_text(encoding="utf-8").split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
     for tag, attributes in page.elements:
         assert not {"src", "href", "style"} & set(attributes) and not any(name.startswith("on") for name in attributes)
         assert tag not in ("link", "img", "iframe", "object", "base")

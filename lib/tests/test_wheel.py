@@ -1,0 +1,70 @@
+"""A wheel of the library, installed away from any checkout: its data files come along, its artifacts go elsewhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "lib" / "upcycling"
+RECIPE = """
+from pathlib import Path
+import torch
+import upcycling
+from upcycling import ModelConfig, DecoderLM, MoEConfig, load_corpus, record_routing, save_report, upcycle
+from upcycling.experiments.series import artifacts_dir
+
+assert Path(upcycling.__file__).is_relative_to(INSTALLED), upcycling.__file__
+texts = load_corpus("worlds", documents=60, cache_dir=artifacts_dir() / "corpus")["train"]["text"]
+model = upcycle(DecoderLM(ModelConfig.smol(vocab_size=128, d_model=32, n_layers=2, n_heads=2, d_ff=64, seq_len=32)),
+                MoEConfig(num_experts=4, top_k=2), seed=0)
+with record_routing(model) as trace:
+    model(torch.tensor([[ord(letter) % 128 for letter in texts[0][:32]]]))
+print(save_report(trace, artifacts_dir() / "report.html").resolve())
+"""
+
+
+def run(*command, folder, **environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UPCYCLING_", "PYTHON"))}
+    result = subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves a build folder beside what it builds."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(LIBRARY, source / "lib" / "upcycling", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), str(source), folder=source)
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_what_the_library_is_made_of(wheel):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("upcycling/")}
+    files = (path.relative_to(LIBRARY.parent) for path in LIBRARY.rglob("*") if path.is_file())
+    assert held == {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    assert "upcycling/py.typed" in held and "upcycling/text/worlds/data/words.txt" in held
+
+
+@pytest.mark.slow
+def test_the_installed_library_loads_its_corpus_and_saves_a_report(wheel, tmp_path):
+    installed, work = tmp_path / "installed", tmp_path / "work"
+    work.mkdir()
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel), folder=work)
+    code = f"INSTALLED = {str(installed)!r}\n{RECIPE}"
+    report = run(sys.executable, "-c", code, folder=work, PYTHONPATH=str(installed)).splitlines()[-1]
+    assert Path(report) == (work / "artifacts" / "report.html").resolve()
+    page = Path(report).read_text(encoding="utf-8")
+    assert "<style>:root {" in page and '<script>"use strict";' in page
+    assert sorted(path.name for path in work.iterdir()) == ["artifacts"]
+    assert not list(installed.rglob("artifacts"))
