@@ -39,11 +39,7 @@ def run(capsys):
     """Run a command in this process: (exit status, stdout, stderr)."""
 
     def run(*arguments):
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
+        return cli.main([str(argument) for argument in arguments]), *capsys.readouterr()
 
     return run
 
@@ -113,9 +109,9 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(dense, tmp_path, run, monke
 
 
 @pytest.mark.parametrize("arguments,status,message", [
-    (["{dense}"], 2, "the following arguments are required: OUT"),
-    (["{dense}", "{out}", "--init", "magic"], 2, "invalid choice: 'magic'"),
-    (["{dense}", "{out}", "--experts", "many"], 2, "invalid int value"),
+    (["{dense}"], 2, "missing argument 'OUT'"),
+    (["{dense}", "{out}", "--init", "magic"], 2, "'magic' is none of copy, noise"),
+    (["{dense}", "{out}", "--experts", "many"], 2, "'many' is no whole number"),
     (["{dense}", "{out}", "--layers", "some"], 2, "0,2,4"),
     (["{dense}", "{out}", "--max-shard-size", "0"], 2, "above 0"),
     (["{dense}", "{out}", "--max-shard-size", "inf"], 2, "no finite number"),
@@ -130,7 +126,19 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(dense, tmp_path, run, monke
     (["", "{out}"], 1, "name is empty"),
     (["{dense}", ""], 1, "no name for a new folder"),
     (["inspect", "{dense}", "--text", ""], 1, "text to route is empty"),
-    (["inspect"], 2, "FOLDER"),
+    (["inspect"], 2, "missing argument 'FOLDER'"),
+    ([], 2, "a verb is missing"),
+    (["{dense}", "{out}", "--expert", "4"], 2, "no such option: --expert"),
+    (["convret", "{dense}", "{out}"], 2, "there is no verb 'convret'; convert is one"),
+    (["inspect", "{dense}", "--text", "a", "--ids", "1"], 2, "give one of --text, --text-file and --ids"),
+    (["continue", "{dense}", "{out}"], 2, "missing option '--steps'"),
+    (["continue", "{dense}", "{out}", "--steps", "9", "--schedule", "flat"], 2, "'flat' is none of constant, cosine"),
+    (["continue", "{dense}", "{out}", "--steps", "0"], 1, "steps=0"),
+    (["compare", "--seeds", "0,x"], 2, "0,x is no list of seeds such as 0,1,2"),
+    (["compare", "--budgets", "tokens,hours"], 2, "'hours' is none of tokens, FLOPs, seconds"),
+    (["compare", "--preset", "huge"], 1, "choose one of quick, laptop"),
+    (["select", "--fraction", "0"], 2, "above 0 and up to 1"),
+    (["bench", "--rounds", "2.5"], 2, "'2.5' is no whole number"),
     (["inspect", "{dense}", "--ids", "a,b"], 2, "5,17,3"),
     (["{dense}", "{out}", "--top-k", "9"], 1, "choose 1..8"),
     (["{dense}", "{out}", "--layers", "0,9"], 1, "choose some of 0..3"),
@@ -145,16 +153,65 @@ def test_errors_are_one_sentence_with_an_exit_status(arguments, status, message,
     got, _, err = run(*filled)
     assert got == status
     assert message in err and "Traceback" not in err
-    if status == 1:
-        assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert status == 1 or "--help shows what it takes" in err
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"]])
-def test_help_has_an_example(command, run):
-    status, out, _ = run(*command, "--help")
-    assert status == 0
-    assert f"python -m upcycling {' '.join(command)}".strip() in out.split("examples:")[1]
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_has_examples_and_fits_80_columns(verb, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = run(verb, "--help")
+    assert (status, err) == (0, "")
+    assert f"python -m upcycling {verb} " in out.split("examples:")[1]
+    assert max(map(len, out.splitlines())) <= 80 and "│" not in out
+    assert verb in run("--help")[1] and run("-h") == run("--help")
+
+
+def test_help_comes_without_the_heavy_libraries():
+    """What a verb needs is imported when it runs; help in a fraction of a second depends on it."""
+    script = (
+        "import sys; from upcycling import cli; cli.main(sys.argv[1:]); print([m for m in HEAVY if m in sys.modules])"
+    )
+    heavy = ("torch", "transformers", "numpy", "datasets", "rich")
+    for arguments in (["--help"], ["continue", "--help"], ["compare", "--seeds", "x"]):
+        command = [sys.executable, "-c", script.replace("HEAVY", str(heavy)), *arguments]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1] == "[]"
+
+
+def test_choices_are_those_of_the_library():
+    from upcycling.cli import studies
+    from upcycling.experiments.arms import ARM_SETS
+    from upcycling.experiments.budgets import BUDGETS
+
+    assert tuple(ARM_SETS) == studies.ARMS and studies.BUDGETS == BUDGETS
+
+
+@pytest.mark.parametrize("typed,read", [
+    ("compare --seeds 0 1 2 --workers 2", "compare --seeds 0,1,2 --workers 2"),
+    ("compare --budgets tokens FLOPs --seeds 3", "compare --budgets tokens,FLOPs --seeds 3"),
+    ("compare --seeds 0,1 --out a.json", "compare --seeds 0,1 --out a.json"),
+    ("A B --seed 3", "A B --seed 3"),
+])  # fmt: skip
+def test_lists_may_be_typed_with_blanks_as_before(typed, read):
+    assert cli.with_commas(typed.split()) == read.split()
+
+
+def test_the_first_spelling_is_convert(dense, tmp_path, run):
+    old = run(dense, tmp_path / "moe", "--layers", "even", "--dry-run")
+    assert old == run("convert", dense, tmp_path / "moe", "--layers", "even", "--dry-run")
+    assert run("--dry-run", "--layers", "even", dense, tmp_path / "moe") == old and old[0] == 0
+
+
+@pytest.mark.parametrize("module,verb", [
+    ("compare", "compare"), ("continued", "continue"), ("knockouts", "knockouts"), ("selected", "select"),
+    ("bench", "bench"),
+])  # fmt: skip
+def test_modules_that_were_commands_are_their_verbs(module, verb):
+    """Notebooks print them."""
+    command = [sys.executable, "-m", f"upcycling.{module}", "--seeds", "0", "1", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"python -m upcycling {verb} --help" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect

@@ -24,7 +24,7 @@ FLOORS = (
     ("show",),
     ("bench",),
     ("cli",),
-    ("__main__", "__init__", "compare"),
+    ("__main__", "__init__", "compare", "continued", "knockouts", "selected"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -74,7 +74,7 @@ def _nodes(node: ast.AST):
 def upward(library: Path) -> list[str]:
     found = []
     for name, targets in imports(library).items():
-        here = name.split(".")[0]
+        here = "__main__" if name.endswith("__main__") else name.split(".")[0]  # a command, whatever folder bears it
         for target in sorted(targets):
             there = target.split(".")[0]
             if there != here and not (FLOOR[there] < FLOOR[here]) and target != "__init__":

@@ -1,8 +1,6 @@
-"""The comparison of notebook 04 under its old name: `python -m upcycling.compare`."""
+"""`python -m upcycling.compare`, as notebook 04 prints it: the verb `compare`."""
 
 if __name__ == "__main__":
-    import sys
+    from .cli import run
 
-    from .experiments.compare import main
-
-    sys.exit(main())
+    run("compare")

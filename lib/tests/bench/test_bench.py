@@ -11,6 +11,7 @@ from upcycling.bench import layer as layer_case
 from upcycling.bench import measure as bench
 from upcycling.bench import scaling
 from upcycling.bench.measure import Bench, compared
+from upcycling.cli import main
 from upcycling.core.moe import MoELayer
 
 
@@ -68,7 +69,7 @@ def test_all_layers_compute_the_same_and_a_different_one_is_noticed(activation, 
 
 def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     file = tmp_path / "out" / "bench.json"
-    assert bench.main(["recording", "--rounds", "6", "--json", str(file)]) == 0
+    assert main(["bench", "recording", "--rounds", "6", "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["comparisons"]
     assert row["rounds"] == 6 and row["lower_quartile"] <= row["ratio"] <= row["upper_quartile"]
     printed = capsys.readouterr().out
@@ -87,15 +88,20 @@ def test_the_table_says_what_was_reached(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["speed"], "recording"),
-        (["--rounds", "1"], "at least 3 rounds"),
-        (["--threads", "0"], "at least 3 rounds and 1 thread"),
+        (["--rounds", "1"], "'--rounds': 1 is too small; give at least 3"),
+        (["--threads", "0"], "'--threads': 0 is too small; give at least 1"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, said, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(arguments)
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert main(["bench", *arguments]) == 2 and said in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_explained(capsys, monkeypatch):
+    assert main(["bench", "speed"]) == 1
+    assert "there is no case 'speed'; choose from layer, scaling" in capsys.readouterr().err
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert main(["bench", "recording", "--device", "cuda"]) == 1
+    assert "device='cuda': torch sees no accelerator" in capsys.readouterr().err
 
 
 def test_the_layer_gets_a_new_batch_in_each_update(monkeypatch):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
+from upcycling.cli import main
 from upcycling.experiments import selected
-from upcycling.experiments.selected import Choice, budget_of, choose, paired, study, summarize, table, values, verdict
+from upcycling.experiments.results import paired, values, verdict
+from upcycling.experiments.selected import REFERENCE, Choice, budget_of, choose, study, summarize, table
 from upcycling.experiments.series import Series
 from upcycling.selection.choose import documents_read
 from upcycling.show.training import plot_length_bias, plot_quotas, plot_selected
@@ -55,10 +57,14 @@ RESULT = {
 
 def test_differences_are_paired_by_seed():
     assert values(RESULT, "chosen") == {1: 1.1, 0: 0.8}
-    mean, spread = paired(RESULT, "chosen")
+
+    def less_random(result, *measure):
+        return paired(values(result, "chosen", *measure), values(result, REFERENCE, *measure))
+
+    mean, spread = less_random(RESULT)
     assert (mean, spread) == (pytest.approx(-0.15), pytest.approx(0.05 * math.sqrt(2)))
-    assert paired(RESULT, "chosen", "code") == (pytest.approx(0.25), pytest.approx(0.05 * math.sqrt(2)))
-    assert math.isnan(paired({"rows": RESULT["rows"][::3]}, "chosen")[1])  # one seed has no spread
+    assert less_random(RESULT, "code") == (pytest.approx(0.25), pytest.approx(0.05 * math.sqrt(2)))
+    assert math.isnan(less_random({"rows": RESULT["rows"][::3]})[1])  # one seed has no spread
     summary = {line["arm"]: line for line in summarize(RESULT)}
     assert summary["chosen"]["loss"] == (pytest.approx(0.95), pytest.approx(0.15 * math.sqrt(2)))
     assert "-0.1500" in table(RESULT) and "+0.2500 ± 0.0707" in table(RESULT)
@@ -119,13 +125,11 @@ def test_an_unselected_document_in_the_stream_stops_the_run(series):
 
 
 def test_the_command_writes_and_prints(series, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(selected, "load_series", lambda *_: series)
+    monkeypatch.setattr("upcycling.experiments.series.load_series", lambda *_: series)
     monkeypatch.setattr(selected, "CHOICES", ARMS[:2])
-    assert selected.main(["--seeds", "0", "--fraction", "0.2", "--out", str(tmp_path / "r.json")]) == 0
+    assert main(["select", "--seeds", "0", "--fraction", "0.2", "--out", str(tmp_path / "r.json")]) == 0
     assert "highest count entropy" in capsys.readouterr().out and (tmp_path / "r.json").exists()
-    with pytest.raises(SystemExit) as stopped:
-        selected.main(["--fraction", "3"])
-    assert stopped.value.code == 2 and "fraction=3" in capsys.readouterr().err
+    assert main(["select", "--fraction", "3"]) == 2 and "'--fraction': 3 is no fraction" in capsys.readouterr().err
 
 
 def test_figures_of_scores_and_quotas():

@@ -11,8 +11,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from upcycling import DecoderLM, ModelConfig, MoEConfig, TokenStream, TrainConfig, upcycle, upcycle_pretrained  # noqa: E402
+from upcycling.cli import main  # noqa: E402
 from upcycling.hf import continued as module  # noqa: E402
-from upcycling.hf.continued import continue_pretraining, main  # noqa: E402
+from upcycling.hf.continued import continue_pretraining  # noqa: E402
 from upcycling.routing.adapter import TransformersLM, block_size  # noqa: E402
 from upcycling.routing.gradient import router_weights  # noqa: E402
 from upcycling.routing.load import evaluate_routing, load_report  # noqa: E402
@@ -446,7 +447,7 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *more):
-    return [str(folder / "moe"), str(out), "--corpus", str(folder / "texts.txt"), "--steps", "3", *more]
+    return ["continue", str(folder / "moe"), str(out), "--corpus", str(folder / "texts.txt"), "--steps", "3", *more]
 
 
 def test_the_command_trains_a_folder_into_another(folder, tmp_path, capsys):
@@ -468,7 +469,7 @@ def test_the_command_trains_a_folder_into_another(folder, tmp_path, capsys):
 def test_the_command_says_in_a_sentence_what_is_wrong(folder, tmp_path, capsys):
     assert main(command(folder, folder / "moe")) == 1
     assert "is the model's own folder" in capsys.readouterr().err
-    assert main([str(folder / "nothing"), str(tmp_path / "out"), "--steps", "3"]) == 1
+    assert main(["continue", str(folder / "nothing"), str(tmp_path / "out"), "--steps", "3"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert main(command(folder, tmp_path / "out", "--block", "1000")) == 1
     assert "blocks of 1000 tokens do not fit" in capsys.readouterr().err

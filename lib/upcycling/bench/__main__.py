@@ -1,5 +1,6 @@
-import sys
+"""`python -m upcycling.bench`, as notebook 09 prints it: the verb `bench`."""
 
-from .measure import main
+from ..cli import run
 
-sys.exit(main())
+if __name__ == "__main__":
+    run("bench")

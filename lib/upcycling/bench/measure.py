@@ -1,7 +1,7 @@
 """What does it cost on this machine? Things that do the same work run in turn, and the ratios of their times.
 
-    python -m upcycling.bench --quick --json bench.json
-    python -m upcycling.bench layer step --threads 2
+    python -m upcycling bench --quick --json bench.json
+    python -m upcycling bench layer step --threads 2
 
 A time on its own says little: clocks change, other work disturbs. So the candidates of a line run A B C A B C in one
 process, and what is reported is the median of the ratios within the rounds, with the range that holds the middle half
@@ -13,7 +13,6 @@ Each case is a module of this package with a function `compare(bench)` that retu
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib
 import json
@@ -136,38 +135,24 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m upcycling.bench",
-        description=__doc__.splitlines()[0],
-        epilog='"time" is ours / peer (goal: at most), "speed" is peer / ours (goal: at least).',
-    )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes, under three minutes in all")
-    parser.add_argument("--rounds", type=int, help="rounds per comparison (default 15, with --quick 4)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, pinned to as many cores (default 1)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--json", type=Path, help="write the results here, too")
-    options = parser.parse_args(arguments)
-    unknown = [case for case in options.cases if case not in CASES]
-    if unknown:
-        parser.error(f"there is no case {unknown[0]!r}; choose from {', '.join(CASES)}")
-    rounds = options.rounds if options.rounds is not None else 4 if options.quick else 15
-    if rounds < 3 or options.threads < 1:
-        parser.error(f"--rounds {rounds} --threads {options.threads}: at least 3 rounds and 1 thread are needed")
-    if options.device != "cpu" and not torch.accelerator.is_available():
-        parser.error(f"--device {options.device}: torch sees no accelerator here; leave --device out")
-    bench = Bench(rounds, options.quick, options.device, options.threads)
+def measured(bench: Bench, cases: Sequence[str] | None = None, out: Path | None = None) -> list[Comparison]:
+    """What all `cases` (default: `CASES`) compare, also written to `out` after each of them.
+
+    Raises ValueError for a case that does not exist and a device that torch does not see.
+    """
+    for case in cases or ():
+        if case not in CASES:
+            raise ValueError(f"there is no case {case!r}; choose from {', '.join(CASES)}")
+    if bench.device != "cpu" and not torch.accelerator.is_available():
+        raise ValueError(f"device={bench.device!r}: torch sees no accelerator here; leave it out")
     results = []
-    with _threads(options.threads):
-        for case in options.cases or CASES:
+    with _threads(bench.threads):
+        for case in cases or CASES:
             print(f"{case} ...", file=sys.stderr, flush=True)
-            found = importlib.import_module(f"{__package__}.{case}").compare(bench)
-            results += found
-            if options.json:  # after each case, so that an interrupted bench leaves what it has measured
-                write_text(options.json, json.dumps(_record(bench, results), indent=1) + "\n")
-    print(table(results))
-    return 0
+            results += importlib.import_module(f"{__package__}.{case}").compare(bench)
+            if out:  # after each case, so that an interrupted bench leaves what it has measured
+                write_text(out, json.dumps(_record(bench, results), indent=1) + "\n")
+    return results
 
 
 @contextmanager

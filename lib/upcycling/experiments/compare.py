@@ -1,7 +1,7 @@
 """Which recipe is better? Any arms from one parent at equal tokens, equal FLOPs and equal seconds, over several seeds.
 
-    python -m upcycling.compare --seeds 0 1 2 --workers 2 --out notebooks/results/arms_worlds_quick.json
-    python -m upcycling.compare --arms pooling --budgets tokens --workers 2 --out pooling.json
+    python -m upcycling compare --seeds 0,1,2 --workers 2 --out notebooks/results/arms_worlds_quick.json
+    python -m upcycling compare --arms pooling --budgets tokens --workers 2 --out pooling.json
 
 An `Arm` is a recipe: experts and how they begin, or neither for the dense control. A seed orders the data and draws the
 routers (from scratch: all weights). Every run has its own schedule, so each is annealed at its end. The budget is what
@@ -17,33 +17,27 @@ later. Runs and measured seconds are kept under `artifacts/`, so an interrupted 
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import multiprocessing
-import os
-import platform
-import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from ..core.config import MoEConfig
 from ..core.model import DecoderLM
 from ..core.routing import expert_counts
-from ..files import write_text
 from ..routing.metrics import domain_divergence, max_over_mean
-from .arms import ARM_SETS, Arm
+from .arms import Arm
 from .budgets import BUDGETS, SHARED_WITHIN, costs, updates_per_budget
 from .presets import Preset
-from .results import overview, table
-from .series import Series, add_series_arguments, load_series
+from .results import losses, margin, overview, summarize, table
+from .series import Series, load_series
+from .store import begin, save, setting
+from .workers import finished, one_thread
+
+__all__ = [
+    "BUDGETS", "Arm", "compare", "describe", "losses", "margin", "overview", "run_arm", "setting", "summarize", "table",
+]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------ runs
 
@@ -97,48 +91,6 @@ def run_arm(preset: Preset, corpus: str, arm: Arm, seed: int, steps: int, budget
     return [row | {"budget": budget} for budget in budgets]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as all runs of a comparison do, and with as many as before afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _finished(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Future]]:
-    """(job, its future) as the jobs finish: here with one worker, else in as many processes."""
-    if workers == 1:
-        for job in jobs:
-            future = Future()
-            try:
-                future.set_result(run_arm(*job))
-            except Exception as error:
-                future.set_exception(error)
-            yield job, future
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent)
-    try:
-        futures = {pool.submit(run_arm, *job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """In a worker: end when the process that started it is gone, which nobody else would tell it."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def compare(
     arms: Sequence[Arm],
     budgets: Sequence[str] = BUDGETS,
@@ -180,10 +132,7 @@ def compare(
                 jobs.append((preset, series.corpus_name, arm, seed, steps, sharing))
     control = next((arm.name for arm in arms if arm.moe is None and arm.start == "parent"), None)
     floor = series.floor
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "setting": setting(series),
-        "corpus": series.name,
+    result = begin(series, None, "rows") | {
         "seeds": seeds,
         "arms": [arm.to_dict() for arm in arms],
         "reference": reference,
@@ -193,13 +142,11 @@ def compare(
         "ratios": {"flops": cost[reference]["FLOPs"], "seconds": cost[reference]["seconds"]},  # of the reference
         "shared_within": SHARED_WITHIN,
         "floor": None if floor is None else floor.overall,
-        "machine": f"{platform.machine()}, one thread a run, torch {torch.__version__}",
         "failed": [],
-        "rows": [],
     }
     names = [arm.name for arm in arms]
-    with closing(_finished(jobs, workers)) as finished:
-        for count, ((_, _, arm, seed, steps, sharing), future) in enumerate(finished, 1):
+    with closing(finished(run_arm, jobs, workers)) as done:
+        for count, ((_, _, arm, seed, steps, sharing), future) in enumerate(done, 1):
             head = f"[{count}/{len(jobs)}] seed {seed}  {arm.name}  {steps} updates  equal {', '.join(sharing)}"
             if error := future.exception():
                 text = "".join(traceback.format_exception(error))
@@ -211,8 +158,7 @@ def compare(
                     key=lambda r: (seeds.index(r["seed"]), names.index(r["arm"]), budgets.index(r["budget"]))
                 )
                 print(f"{head}  {future.result()[0]['val_loss']:.4f}", flush=True)
-            if out is not None:
-                write_text(out, json.dumps(result, indent=1) + "\n")
+            save(result, out, indent=1)
     return result
 
 
@@ -231,57 +177,3 @@ def _checked(arms, budgets, seeds, reference) -> str:
     if reference is not None and reference not in names:
         raise ValueError(f"reference={reference!r} is none of the arms {', '.join(names)}")
     return reference or upcycled[0]
-
-
-# The fields of MoEConfig that every stored setting has.
-_ALWAYS_STORED = (
-    "num_experts", "top_k", "renormalize", "router_bias", "noisy", "layers", "router_std", "aux_weight", "z_weight",
-)  # fmt: skip
-
-
-def setting(series: Series) -> dict:
-    """What the result depends on; a stored result holds for these settings only.
-
-    A field of MoEConfig that was added later appears only where it is not at its default, so that results which were
-    stored before it existed still hold.
-    """
-    preset = series.preset
-    moe, default = asdict(preset.moe), asdict(MoEConfig())
-    return json.loads(
-        json.dumps(
-            {
-                "model": preset.model.to_dict(),
-                "moe": {name: moe[name] for name in moe if name in _ALWAYS_STORED or moe[name] != default[name]},
-                "dense": asdict(replace(preset.dense, seed=0)),
-                "sparse": asdict(replace(preset.sparse, seed=0)),
-                "train_tokens": series.train_stream.key,
-                "validation_tokens": series.validation_stream.key,
-            }
-        )
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m upcycling.compare", description=__doc__.splitlines()[0])
-    add_series_arguments(parser)
-    parser.add_argument("--arms", choices=sorted(ARM_SETS), default="upcycling", help="default: upcycling")
-    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="default: all")
-    parser.add_argument("--updates", type=int, help="of the arm that sets the budget; default: the second phase's")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
-    parser.add_argument("--no-scratch", action="store_true", help="leave out the arms from scratch, the longest")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON, after each run")
-    options = parser.parse_args(arguments)
-    preset = load_series(options.preset).preset
-    arms = [arm for arm in ARM_SETS[options.arms](preset) if not (options.no_scratch and arm.start == "scratch")]
-    result = compare(
-        arms, options.budgets, options.seeds,
-        preset=preset, corpus=options.corpus, workers=options.workers, updates=options.updates, out=options.out,
-    )  # fmt: skip
-    print(f"\n{table(result)}\n\n{overview(result)}")
-    for failure in result["failed"]:
-        print(f"\nFAILED: {failure['arm']}, seed {failure['seed']}:\n{failure['traceback']}", file=sys.stderr)
-    return 1 if result["failed"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

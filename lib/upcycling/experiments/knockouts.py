@@ -1,6 +1,6 @@
 """What did the experts learn? Specialisation, and what each expert's removal costs each domain, over several seeds.
 
-    python -m upcycling.knockouts --seeds 0 1 2 --out notebooks/results/knockout_worlds_quick.json
+    python -m upcycling knockouts --seeds 0,1,2 --out notebooks/results/knockout_worlds_quick.json
 
 For each seed's MoE of the series (trained if need be), on the whole validation split, domain by domain:
 
@@ -18,11 +18,6 @@ The result is written after each seed; an interrupted run goes on where it stopp
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,13 +27,13 @@ import torch
 from torch import Tensor
 
 from ..checks import IGNORE
-from ..files import write_text
 from ..routing.intervention import domain_losses, intervene, knockout
 from ..routing.metrics import Baseline, domain_divergence, domain_specialization, router_saturation, shuffled_baseline
 from ..routing.record import record_routing
-from .compare import setting
 from .results import mean_and_spread
-from .series import Series, add_series_arguments, load_series
+from .series import Series
+from .store import begin, save
+from .workers import one_thread
 
 RANDOM_DRAWS = 12  # sets of random experts, one a layer
 
@@ -123,31 +118,15 @@ def _baseline(chance: Baseline) -> dict:
 
 
 def measure(
-    preset: str,
-    corpus: str,
-    seeds: list[int],
-    out: Path | None = None,
-    windows: int | None = None,
-    progress: bool = True,
+    series: Series, seeds: Iterable[int], windows: int | None = None, *, out: Path | None = None, progress: bool = True
 ) -> dict:
     """`study` of each seed, with date and setting; written to `out` after each; the seeds already there are kept."""
-    series = load_series(preset, corpus)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "setting": setting(series) | {"windows": windows},
-        "corpus": series.name,
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "seeds": [],
-    }
-    if out is not None and out.exists():
-        earlier = json.loads(out.read_text(encoding="utf-8"))
-        if earlier.get("setting") == result["setting"]:
-            result["seeds"] = earlier["seeds"]
-    for seed in seeds:
-        if seed not in [one["seed"] for one in result["seeds"]]:
-            result["seeds"].append(study(series, seed, windows, progress))
-            if out is not None:
-                write_text(out, json.dumps(result) + "\n")
+    result = begin(series, out, "seeds", windows=windows)
+    with one_thread():
+        for seed in seeds:
+            if seed not in [one["seed"] for one in result["seeds"]]:
+                result["seeds"].append(study(series, seed, windows, progress))
+                save(result, out)
     return result
 
 
@@ -212,23 +191,3 @@ def table(result: dict) -> str:
 
 def _numbers(values, digits: int = 3) -> str:
     return " ".join(f"{value:.{digits}f}" for value in values)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m upcycling.knockouts", description=__doc__.splitlines()[0])
-    add_series_arguments(parser)
-    parser.add_argument("--windows", type=int, help="at most so many windows per domain (default: all there are)")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON, and go on from what is there")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    corpus = options.corpus or load_series(options.preset).corpus_name
-    try:
-        result = measure(options.preset, corpus, options.seeds, options.out, options.windows)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    print(table(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .arms import DENSE
 from .budgets import BUDGETS
 
-# ---------------------------------------------------------------------------------------------------------- tables
+
+def values(result: dict, arm: str, measure: str = "val_loss", budget: str | None = None) -> dict[int, float]:
+    """{seed: value} of one arm (at one budget); `measure` is an entry of its rows, or a domain: its loss there."""
+    rows = [row for row in result["rows"] if row["arm"] == arm and budget in (None, row.get("budget"))]
+    return {row["seed"]: row.get("per_domain", {}).get(measure, row.get(measure)) for row in rows}
 
 
 def losses(result: dict, arm: str, budget: str) -> dict[int, float]:
     """{seed: final validation loss} of one arm at one budget."""
-    rows = (row for row in result["rows"] if (row["arm"], row["budget"]) == (arm, budget))
-    return {row["seed"]: row["val_loss"] for row in rows}
+    return values(result, arm, budget=budget)
 
 
-def paired(result: dict, budget: str, arm: str, rival: str) -> tuple[float, float]:
-    """(mean of `arm` less `rival`, standard deviation of the difference) over the seeds that both have.
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float]:
+    """(mean of ours less theirs, standard deviation of the difference) over the seeds that both have.
 
-    A seed gives both the same data in the same order, so that much of the scatter is common and cancels. The deviation
-    is NaN for a single seed; so are both where the arms share none.
+    A seed gives all arms the same data in the same order, so that much of the scatter is common and cancels. The
+    deviation is NaN for a single seed; so are both where the arms share none.
     """
-    ours, theirs = losses(result, arm, budget), losses(result, rival, budget)
     return mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+
+def verdict(difference: tuple[float, float]) -> str:
+    """ "better" or "worse" where the mean difference exceeds two of its spreads, else "not told apart"."""
+    mean, spread = difference
+    if not abs(mean) > 2 * spread:
+        return "not told apart"
+    return "better" if mean < 0 else "worse"
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -42,10 +52,11 @@ def summarize(result: dict) -> list[dict]:
     control = result.get("control", DENSE.name)
     for budget in BUDGETS:
         for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
-            mean, spread = mean_and_spread(list(losses(result, arm, budget).values()))
+            ours = losses(result, arm, budget)
+            mean, spread = mean_and_spread(list(ours.values()))
             if mean == mean:
                 updates = next(r["updates"] for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budget))
-                difference, paired_spread = paired(result, budget, arm, control)
+                difference, paired_spread = paired(ours, losses(result, control, budget))
                 rows.append(
                     dict(budget=budget, arm=arm, updates=updates, mean=mean, spread=spread)
                     | dict(difference=difference, paired_spread=paired_spread)

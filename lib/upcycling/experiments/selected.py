@@ -1,6 +1,6 @@
 """Is a chosen quarter of the corpus worth more than a random one? Every score against random, over several seeds.
 
-    python -m upcycling.selected --seeds 0 1 2 --out notebooks/results/selection_worlds_quick.json
+    python -m upcycling select --seeds 0,1,2 --out notebooks/results/selection_worlds_quick.json
 
 An arm chooses documents for a budget of tokens (by default a quarter of the training split), shared over the strata
 (`selection.STRATA`, those of them that the corpus has). The series' parent, upcycled as in `Series.moe`, is trained on
@@ -14,30 +14,22 @@ has not yet learned of it. The result is written after each run; an interrupted 
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from ..core.transfer import upcycle
-from ..files import write_text
 from ..routing.load import evaluate_routing
 from ..selection.choose import STRATA, Selection, documents_read, select
 from ..selection.scores import score_documents
 from ..training.evaluation import evaluate
-from .compare import one_thread, setting
-from .results import mean_and_spread
-from .series import Series, add_series_arguments, artifacts_dir, load_series
+from .results import mean_and_spread, paired, values
+from .series import Series, artifacts_dir
+from .store import begin, save
+from .workers import one_thread
 
 REFERENCE = "random"
-MEASURES = ("val_loss", "balance", "balanced_perplexity")
 
 
 @dataclass(frozen=True)
@@ -150,59 +142,32 @@ def study(
     budget, updates = budget_of(series, fraction)
     rows = series.corpus["train"]
     whole = select(rows, None, budget=len(rows), strata=_strata(rows), order="random", near_duplicates=None)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "setting": setting(series) | {"fraction": fraction, "budget": budget, "updates": updates},
-        "corpus": series.name,
-        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "strata": [[stratum[name] for name in whole.settings["strata"]] for stratum in whole.table],
-        "documents_by_stratum": [stratum["documents"] for stratum in whole.table],
-        "parent_loss": series.dense_parent(progress=progress, verbose=False)[1].final_loss,
-        "rows": [],
-    }
-    if out is not None and out.exists():
-        earlier = json.loads(out.read_text(encoding="utf-8"))
-        if earlier.get("setting") == result["setting"]:
-            result["rows"] = earlier["rows"]
-    done = {(row["arm"], row["seed"]) for row in result["rows"]}
-    scores = {None: None}
-    for seed in seeds:
-        for choice in choices:
-            if (choice.name, seed) in done:
-                continue
+    with one_thread():
+        parent, parent_run = series.dense_parent(progress=progress, verbose=False)
+        result = begin(series, out, "rows", fraction=fraction, budget=budget, updates=updates) | {
+            "strata": [[stratum[name] for name in whole.settings["strata"]] for stratum in whole.table],
+            "documents_by_stratum": [stratum["documents"] for stratum in whole.table],
+            "parent_loss": parent_run.final_loss,
+        }
+        done = {(row["arm"], row["seed"]) for row in result["rows"]}
+        scores = {None: None}
+        for seed, choice in ((seed, choice) for seed in seeds for choice in choices if (choice.name, seed) not in done):
             if choice.score not in scores:
-                models = {"model": series.dense_parent(progress=False, verbose=False)[0]}
+                models = {"model": parent}
                 if choice.score == "excess":
                     models["moe"] = series.moe(0, progress=progress, verbose=False)[0]
                 scores[choice.score] = score_documents(
                     rows, series.tokenizer, choice.score, progress=progress, **models
                 )
             selection = choose(series, choice, budget, seed, scores[choice.score])
-            row = run(series, choice, selection, seed, updates, progress)
-            result["rows"].append(row)
-            print(f"seed {seed}  {choice.name}: {len(selection):,} documents, {row['val_loss']:.4f}", flush=True)
-            if out is not None:
-                write_text(out, json.dumps(result) + "\n")
+            result["rows"].append(run(series, choice, selection, seed, updates, progress))
+            loss = result["rows"][-1]["val_loss"]
+            print(f"seed {seed}  {choice.name}: {len(selection):,} documents, {loss:.4f}", flush=True)
+            save(result, out)
     return result
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
-
-
-def values(result: dict, arm: str, measure: str = "val_loss") -> dict[int, float]:
-    """{seed: value} of one arm; `measure` is one of `MEASURES`, or a domain, whose loss it then is."""
-    rows = [row for row in result["rows"] if row["arm"] == arm]
-    return {row["seed"]: row["per_domain"].get(measure, row.get(measure)) for row in rows}
-
-
-def paired(result: dict, arm: str, measure: str = "val_loss", rival: str = REFERENCE) -> tuple[float, float]:
-    """(mean of `arm` less `rival`, standard deviation of the difference) over the seeds that both have.
-
-    A seed gives both the same router and draws their windows alike, so that much of the scatter cancels. NaN where a
-    deviation needs a second seed.
-    """
-    ours, theirs = values(result, arm, measure), values(result, rival, measure)
-    return mean_and_spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
 
 def summarize(result: dict) -> list[dict]:
@@ -210,30 +175,26 @@ def summarize(result: dict) -> list[dict]:
 
     domain's loss differ from random at the same seed (`difference`, `per_domain`; None for the balance of a dense arm).
     """
-    rows = []
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
-        own = [row for row in result["rows"] if row["arm"] == arm]
-        rows.append(
-            {
-                "arm": arm,
-                "seeds": len(own),
-                "documents": mean_and_spread([row["documents"] for row in own])[0],
-                "tokens": mean_and_spread([row["tokens"] for row in own])[0],
-                "loss": mean_and_spread([row["val_loss"] for row in own]),
-                "balance": mean_and_spread([row["balance"] for row in own]) if "balance" in own[0] else None,
-                "difference": paired(result, arm),
-                "per_domain": {name: paired(result, arm, name) for name in own[0]["per_domain"]},
-            }
-        )
-    return rows
 
+    def mean(arm: str, measure: str) -> tuple[float, float]:
+        return mean_and_spread(list(values(result, arm, measure).values()))
 
-def verdict(difference: tuple[float, float]) -> str:
-    """ "better" or "worse" than random where the mean difference exceeds two of its spreads, else "not told apart"."""
-    mean, spread = difference
-    if not abs(mean) > 2 * spread:
-        return "not told apart"
-    return "better" if mean < 0 else "worse"
+    def difference(arm: str, measure: str = "val_loss") -> tuple[float, float]:
+        return paired(values(result, arm, measure), values(result, REFERENCE, measure))
+
+    return [
+        {
+            "arm": arm,
+            "seeds": len(values(result, arm)),
+            "documents": mean(arm, "documents")[0],
+            "tokens": mean(arm, "tokens")[0],
+            "loss": mean(arm, "val_loss"),
+            "balance": None if None in values(result, arm, "balance").values() else mean(arm, "balance"),
+            "difference": difference(arm),
+            "per_domain": {name: difference(arm, name) for name in result["rows"][0]["per_domain"]},
+        }
+        for arm in dict.fromkeys(row["arm"] for row in result["rows"])
+    ]
 
 
 def table(result: dict) -> str:
@@ -261,23 +222,3 @@ def table(result: dict) -> str:
                 cells = [f"{row['per_domain'][name][0]:+.4f} ± {row['per_domain'][name][1]:.4f}" for name in domains]
                 lines.append(f"{row['arm']:<{width}}" + "".join(f"{cell:>19}" for cell in cells))
     return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m upcycling.selected", description=__doc__.splitlines()[0])
-    add_series_arguments(parser)
-    parser.add_argument("--fraction", type=float, default=0.25, help="of the training tokens to choose (default 0.25)")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON, and go on from what is there")
-    options = parser.parse_args(arguments)
-    series = load_series(options.preset, options.corpus)
-    try:
-        with one_thread():
-            result = study(series, options.seeds, CHOICES, fraction=options.fraction, out=options.out)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    print(table(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ UPCYCLING_PRESET picks the sizes (quick, laptop, gpu), UPCYCLING_CORPUS another 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -249,15 +248,6 @@ def load_series(preset: str | None = None, corpus: str | None = None) -> Series:
     if name not in PRESETS:
         raise ValueError(f"UPCYCLING_PRESET={name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return Series(PRESETS[name], corpus or os.environ.get("UPCYCLING_CORPUS") or PRESETS[name].corpus)
-
-
-def add_series_arguments(parser: argparse.ArgumentParser) -> None:
-    """--preset, --corpus and --seeds, for the commands that repeat an experiment on a series."""
-    parser.add_argument("--preset", default=os.environ.get("UPCYCLING_PRESET", "quick"))
-    parser.add_argument(
-        "--corpus", default=os.environ.get("UPCYCLING_CORPUS"), help="a name or path; default: the preset's"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
 
 def _resolve(corpus_name: str) -> str:

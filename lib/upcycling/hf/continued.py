@@ -9,9 +9,7 @@ Shapes: L MoE layers.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from ..routing.hf_routers import find_routers
 from ..routing.load import RoutingEvaluation, evaluate_routing
 from ..tables import ShownAsTable, Table
 from ..text.stream import TokenStream
-from ..training.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.records import TrainResult
 
@@ -237,68 +235,20 @@ def _balance_weight(model: nn.Module, aux_weight: float | None) -> Iterator[None
         model.config = config
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-
-EXAMPLE = """\
-example:
-  python -m upcycling ./my-llama ./my-mixtral --experts 8
-  python -m upcycling.continued ./my-mixtral ./trained --corpus stories.jsonl --steps 1000 \\
-      --optimizer adafactor --schedule inverse_sqrt --warmup-steps 100 --learning-rate 1e-3
-
-An interrupted run is continued by the same command."""
-_SETTINGS = (
-    "optimizer", "schedule", "learning_rate", "warmup_steps", "batch_size", "accumulation", "weight_decay",
-    "precision", "eval_every", "checkpoint_every", "seed",
-)  # fmt: skip
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Train a folder's transformers MoE on a corpus, write it to another folder, print the report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m upcycling.continued",
-        description="Continue the pretraining of a transformers MoE, for instance one made by python -m upcycling.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="folder with safetensors weights and tokenizer.json")
-    add("out", metavar="OUT", help="the new folder; what an interrupted run needs is kept in OUT/training")
-    add("--corpus", default="worlds", help="file, folder or name, see load_corpus; it is split by document")
-    add("--documents", type=int, metavar="N", help="take the corpus's first N documents only")
-    add("--parameters", choices=PARAMETERS, default="all", help="what to train (default: all)")
-    add("--block", type=int, metavar="T", help="tokens in a sequence (default: 256, or the context if shorter)")
-    add("--aux-weight", type=float, metavar="W", help="of the balance loss of each layer (default: 0.01)")
-    add("--beta", type=float, default=1.0, help="weight of imbalance in the balanced perplexity (default: 1)")
-    add("--steps", type=int, required=True, metavar="N", help="optimizer updates")
-    choices = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, precision=PRECISIONS)
-    for name in _SETTINGS:
-        default = 100 if name == "checkpoint_every" else getattr(TrainConfig(steps=1), name)
-        kind = dict(choices=choices[name]) if name in choices else dict(type=type(default), metavar="X")
-        add(f"--{name.replace('_', '-')}", default=default, help=f"see TrainConfig (default: {default})", **kind)
-    options = vars(parser.parse_args(arguments))
-    config = {name: options[name] for name in ("steps", *_SETTINGS)}
-    ours = {name: options[name] for name in ("parameters", "block", "aux_weight", "beta")}
-    try:
-        print(_continue_folder(options["model"], options["out"], options["corpus"], options["documents"], config, ours))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 1
-    print(f"wrote {options['out']}")
-    return 0
-
-
-def _continue_folder(
-    folder: str, out: str, corpus: str, documents: int | None, settings: dict[str, Any], ours: dict[str, Any]
+def continue_folder(
+    folder: str, out: str, corpus: str, config: TrainConfig, documents: int | None = None, **options: Any
 ) -> ContinuedResult:
-    """Load, tokenize, train, save. The weights are trained in float32 and saved in the dtype that they came in."""
+    """Train a folder's transformers MoE on a corpus, split by document, and write it to another folder.
+
+    The weights are trained in float32 and saved in the dtype that they came in; `options` are those of
+    `continue_pretraining`. What an interrupted run needs is kept in `out`/training. Raises ValueError if `out` is the
+    model's own folder, and what `load_corpus` and `continue_pretraining` raise.
+    """
     from ..text.corpus import load_corpus
     from ..text.tokenizer import load_tokenizer
     from .sources import folder_tokenizer, load_dense, read_config
 
-    into, config = Path(out), TrainConfig(**settings)
+    into = Path(out)
     if into.resolve() == Path(folder).resolve():
         raise ValueError(f"{out} is the model's own folder; give a new one")
     model = load_dense(folder, torch.float32)  # any causal model's folder
@@ -306,11 +256,7 @@ def _continue_folder(
     splits = load_corpus(corpus, documents=documents)
     tokenizer = load_tokenizer(folder)
     streams = [TokenStream.build(splits[name], tokenizer, into / "training") for name in ("train", "validation")]
-    result = continue_pretraining(model, *streams, config, directory=into / "training", **ours)
+    result = continue_pretraining(model, *streams, config, directory=into / "training", **options)
     model.to(dtype or torch.float32).save_pretrained(out)
     folder_tokenizer(folder).save_pretrained(out)
     return result
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -214,7 +214,8 @@ def plot_selected(result: Mapping, title: str = ""):
     """
     import matplotlib.pyplot as plt
 
-    from ..experiments.selected import REFERENCE, summarize, values
+    from ..experiments.results import values
+    from ..experiments.selected import REFERENCE, summarize
 
     rows = [row for row in summarize(result) if row["arm"] != REFERENCE]
     panels = {"all": "val_loss"} | {name: name for name in rows[0]["per_domain"]}
