@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "lib" / "upcycling"
@@ -45,6 +47,19 @@ def wheel(tmp_path_factory):
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
     run(sys.executable, "-c", build, folder=source)
     return next(out.glob("*.whl"))
+
+
+def test_data_files_are_of_kinds_that_a_wheel_takes():
+    """The same without building one: a file beside the modules is of a kind that pyproject.toml names."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    kinds = setup["package-data"]["*"]
+    for path in LIBRARY.rglob("*"):
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
+            package = next(folder for folder in path.parents if (folder / "__init__.py").exists())
+            name = path.relative_to(package).as_posix()
+            assert any(fnmatchcase(name, kind) for kind in kinds), (
+                f"{path} would not be in a wheel, which takes {kinds}"
+            )
 
 
 @pytest.mark.slow
