@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 class Table(list):
     """A list of rows, each a dict of column -> value, with a way to be shown.
 
-    columns: their names in order (default: those of the rows as they appear); what a row lacks is left empty. left:
-    the columns that are aligned to the left, or True for all. width: the least number of characters of a column, one
-    for all or {column: number}. formats: {column: a format specification, or a function of the value}; without, a bool
-    is yes or no and a float has three decimals. A str is shown as it is, None as a dash. gap: what stands between
-    columns. strip: whether lines lose the blanks at their end. above, below: lines around the table.
+    columns: their names in order (default: those of the rows as they appear); what a row lacks is left empty.
+    left: the columns that are aligned to the left, or True for all.
+    width: the least number of characters of a column, one for all or {column: number}.
+    formats: {column: a format specification, or a function that turns any value into a str}; without, a str is shown
+    as it is, None as a dash, a bool as yes or no, and a float has three decimals.
+    gap: what stands between columns. strip: whether lines lose the blanks at their end. above, below: lines around.
     """
 
     def __init__(
@@ -78,17 +79,17 @@ class Table(list):
         return DataFrame(list(self), columns=self.columns)
 
     def _cells(self) -> list[list[str]]:
-        return [[self._cell(name, row.get(name, "")) for name in self.columns] for row in self]
+        return [[self._cell(name, row[name]) if name in row else "" for name in self.columns] for row in self]
 
     def _cell(self, column: str, value: Any) -> str:
         how = self.formats.get(column)
+        if callable(how):
+            return how(value)
         if value is None or isinstance(value, str):
             return "–" if value is None else value
-        if how is not None:
-            return how(value) if callable(how) else format(value, how)
         if isinstance(value, bool):
             return "yes" if value else "no"
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
+        return format(value, how or (".3f" if isinstance(value, float) else ""))
 
     def _aligned(self, left: set[str]) -> list[list[str]]:
         """The header and the rows, each column padded to one width."""

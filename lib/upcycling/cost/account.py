@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.config import ModelConfig
 from ..core.model import DecoderLM
-from ..tables import Table
+from ..tables import ShownAsTable, Table
 from .activations import activation_bytes, extrapolated_activation_bytes
-from .parts import _of_config, _of_transformers
+from .parts import parts_of
 from .references import _rounded
 
 # -------------------------------------------------------------------------------------------------- executed products
@@ -60,10 +60,10 @@ def _attention_backward(_, q_shape, k_shape, v_shape, *__, out_shape=None, **___
 
 
 @dataclass(frozen=True)
-class Account:
+class Account(ShownAsTable):
     """What a model costs at B sequences of T tokens; `account` makes it. Prints as a table.
 
-    Parameters: a tied matrix counts once; `active` are those that one token uses (`upcycling.config.ParameterCount`),
+    Parameters: a tied matrix counts once; `active` are those that one token uses (`ParameterCount`),
     `experts` the routed experts of all layers, `router` all routers, `embeddings` the tables that are looked up.
     FLOPs: `forward` and `backward` of the batch with the loss at every position, `update` both; `prefill` of B prompts
     of T tokens with logits for the last; `decode` of one more token for each of B sequences that sees `context` tokens,
@@ -127,11 +127,8 @@ class Account:
         once = self.read_by_prefill + self.activations + self.gradients + self.weights + self.optimizer
         return self.update / (2 * once)
 
-    def __str__(self) -> str:
-        return str(side_by_side({self.name: self}))
-
-    def _repr_html_(self) -> str:
-        return side_by_side({self.name: self})._repr_html_()
+    def _as_table(self) -> Table:
+        return side_by_side({self.name: self})
 
 
 def side_by_side(accounts: Mapping[str, Account]) -> Table:
@@ -182,12 +179,7 @@ def account(
     model takes, for layers that mix tokens by anything but attention (their products are not known here), and for an
     MoE whose router `find_routers` does not know.
     """
-    if isinstance(model, DecoderLM):
-        dtype = model.token_embedding.weight.dtype
-    if isinstance(model, DecoderLM | ModelConfig):
-        parts = _of_config(getattr(model, "config", model), dtype)
-    else:
-        parts = _of_transformers(model)
+    parts = parts_of(model, dtype)
     t = min(parts.longest, 2048) if seq_len is None else seq_len
     context = t if context is None else context
     if batch_size < 1 or t < 1 or context < 1:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..core.config import ModelConfig
+from ..core.experts import Experts
+from ..core.model import FeedForward
+from .parts import parts_of
 
 
 @dataclass(frozen=True)
@@ -28,38 +33,19 @@ class ParameterCount:
         return f"{self.total:,} parameters, {self.active:,} active per token"
 
 
-def _linear(inputs: int, outputs: int, bias: bool) -> int:
-    return inputs * outputs + (outputs if bias else 0)
-
-
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of `config`'s model from its sizes alone; `DecoderLM(config)` has exactly as many."""
-    d, f, kv = config.d_model, config.d_ff, config.kv_heads * config.head_dim
-    up_matrices = 2 if config.activation == "swiglu" else 1
-
-    def ffn_size(width: int) -> int:
-        return up_matrices * _linear(d, width, config.ffn_bias) + _linear(width, d, config.ffn_bias)
-
-    ffn = ffn_size(f)
-    attention = _linear(d, d + 2 * kv, config.qkv_bias) + _linear(d, d, config.attention_out_bias)
-    norm = d if config.norm == "rmsnorm" else 2 * d
-    token_table = config.vocab_size * d
-    position_table = config.seq_len * d if config.position == "learned" else 0
-    head = _linear(d, config.vocab_size, config.head_bias)
-    trunk = token_table + position_table + (head - token_table if config.tie_embeddings else head) + norm
-    trunk += config.n_layers * (attention + 2 * norm)
-
-    n_moe = len(config.moe_layers)
-    total = active = trunk + (config.n_layers - n_moe) * ffn
-    expert, router = ffn, 0
-    if config.moe:
-        expert = ffn_size(config.expert_width)
-        router = _linear(d, config.moe.num_experts, config.moe.router_bias) * (2 if config.moe.noisy else 1)
-        shared = ffn_size(config.shared_width) if config.moe.shared_experts else 0
-        total += n_moe * (config.moe.num_experts * expert + shared + router)
-        active += n_moe * (config.moe.top_k * expert + shared + router)
-    looked_up = position_table + (0 if config.tie_embeddings else token_table)
-    return ParameterCount(total, active, active - looked_up, expert, router, head)
+    """Parameters of `config`'s model; it is built on the meta device, so that nothing has its size."""
+    parts = parts_of(config)
+    with torch.device("meta"):
+        ffn = Experts(config, 1) if config.moe else FeedForward(config)
+    return ParameterCount(
+        total=parts.total,
+        active=parts.active,
+        active_without_embeddings=parts.active - parts.looked_up,
+        expert=sum(weight.numel() for weight in ffn.parameters()),
+        router=parts.router // max(len(config.moe_layers), 1),
+        head=parts.head + (config.vocab_size if config.head_bias else 0),
+    )
 
 
 def forward_flops(config: ModelConfig, tokens: int | None = None, head: bool = True) -> int:
@@ -69,16 +55,5 @@ def forward_flops(config: ModelConfig, tokens: int | None = None, head: bool = T
     attention counts all T x T scores, as the usual counters do, although a causal kernel may skip half. A training
     step costs three times this: the backward pass has two products for each one of the forward pass.
     """
-    t = config.seq_len if tokens is None else tokens
-    d, f, kv = config.d_model, config.d_ff, config.kv_heads * config.head_dim
-    per_unit = (3 if config.activation == "swiglu" else 2) * d
-    per_token = config.n_layers * (d * (d + 2 * kv) + d * d)
-    per_token += (config.n_layers - len(config.moe_layers)) * per_unit * f
-    if config.moe:
-        routers = 2 if config.moe.noisy else 1
-        units = config.moe.top_k * config.expert_width + config.shared_width
-        per_token += len(config.moe_layers) * (per_unit * units + routers * d * config.moe.num_experts)
-    if head:
-        per_token += d * config.vocab_size
-    attention = config.n_layers * 2 * t * t * d
-    return 2 * (t * per_token + attention)
+    t, parts = config.seq_len if tokens is None else tokens, parts_of(config)
+    return t * (parts.per_token + (2 * parts.head if head else 0)) + parts.score_flops(t, t)

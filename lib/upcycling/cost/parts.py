@@ -1,4 +1,4 @@
-"""A model's parts as counting needs them: read from our configuration or from a transformers one."""
+"""A model's parts as counting needs them, read from its modules (those of a configuration on the meta device)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..core.config import ModelConfig
+from ..core.experts import Experts
+from ..core.model import DecoderLM
 from ..routing.adapter import context_length
 from ..routing.gradient import expert_weights, router_weights
-from ..routing.hf_routers import _LOOKS_LIKE_MOE, find_routers
-from .parameters import count_parameters, forward_flops
+from ..routing.hf_routers import find_routers, looks_like_moe
 
 # ----------------------------------------------------------------------------------------------- the parts of a model
 
@@ -33,7 +34,7 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What the account needs to know of a model: numbers of parameters, and FLOPs without scores and head."""
 
     name: str
@@ -70,64 +71,55 @@ class _Parts:
         return self.bytes_each * (self.total - self.looked_up - self.experts * (1 - touched))
 
 
-def _of_config(config: ModelConfig, dtype: torch.dtype) -> _Parts:
-    count, moe, n_moe = count_parameters(config), config.moe, len(config.moe_layers)
-    kv_width = config.kv_heads * config.head_dim
-    layers = config.n_layers * (_Layer(2 * config.d_model, 2 * kv_width),)
-    position_table = config.seq_len * config.d_model if config.position == "learned" else 0
-    parts = _Parts(
-        name="DecoderLM",
-        longest=config.seq_len,
-        bytes_each=dtype.itemsize,
-        total=count.total,
-        experts=n_moe * moe.num_experts * count.expert if moe else 0,
-        share=moe.top_k / moe.num_experts if moe else 0.0,
-        router=n_moe * count.router,
-        embeddings=config.vocab_size * config.d_model + position_table,
-        looked_up=count.active - count.active_without_embeddings,
-        head=config.vocab_size * config.d_model,
-        per_token=0,
-        layers=layers,
-    )
-    return replace(parts, per_token=forward_flops(config, 1, head=False) - parts.score_flops(1, 1))
-
-
-def _of_transformers(model: nn.Module) -> _Parts:
+def parts_of(model: nn.Module | ModelConfig, dtype: torch.dtype = torch.float32) -> Parts:
+    """The parts of a DecoderLM, of what a ModelConfig describes (in `dtype`), or of a transformers causal LM."""
+    if isinstance(model, ModelConfig):
+        plain = replace(model, moe=model.moe and replace(model.moe, router=None))  # a rule may draw a table
+        with torch.device("meta"):
+            model = DecoderLM(plain).to(dtype)
+    if isinstance(model, DecoderLM):
+        config = model.config
+        attention = _Layer(2 * config.d_model, 2 * config.kv_heads * config.head_dim)
+        return _counted(model, model.head, config.seq_len, config.n_layers * (attention,))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(
             f"a {type(model).__name__} is not a causal language model: give a DecoderLM, a ModelConfig or a "
             "transformers ...ForCausalLM"
         )
-    has_experts = any(_LOOKS_LIKE_MOE.search(type(module).__name__) for module in model.modules())
+    return _counted(model, head, context_length(model.config), _attention_layers(model.config.get_text_config()))
+
+
+def _counted(model: nn.Module, head: nn.Module, longest: int, layers: tuple[_Layer, ...]) -> Parts:
+    has_experts = any(looks_like_moe(module) for module in model.modules())
     routers = find_routers(model) if has_experts else []
     routed = {id(weight): weight for router in routers for weight in expert_weights(model, router)}
     share = routers[0].holder.top_k / len(next(iter(routed.values()))) if routers else 0.0
-    tables, in_products, per_token = {}, {id(head.weight)}, 0
+    noises = [router.holder.noise for router in routers if getattr(router.holder, "noise", None) is not None]
+    deciding = [weight for router in routers for weight in router_weights(router)]
+    deciding += [weight for noise in noises for weight in noise.parameters()]
+    tables, in_products, per_token = {}, {id(head.weight)}, 0.0
     for module in model.modules():
         for weight in module.parameters(recurse=False):
+            stacked_bias = weight.ndim == 2 and (id(weight) in routed or isinstance(module, Experts))
             if isinstance(module, nn.Embedding):
                 tables[id(weight)] = weight.numel()
-            elif id(weight) in routed:
-                per_token += 2 * share * weight.numel() * (weight.ndim == 3)  # a stacked bias has two dimensions
-            elif weight.ndim > 1 and module is not head:
+            elif weight.ndim > 1 and not stacked_bias and module is not head:
                 in_products.add(id(weight))
-                per_token += 2 * weight.numel()
-    config = model.config.get_text_config()
-    some = next(model.parameters())
-    return _Parts(
+                per_token += 2 * weight.numel() * (share if id(weight) in routed else 1)
+    return Parts(
         name=type(model).__name__,
-        longest=context_length(config),
-        bytes_each=some.element_size(),
+        longest=longest,
+        bytes_each=next(model.parameters()).element_size(),
         total=sum(weight.numel() for weight in model.parameters()),
         experts=sum(weight.numel() for weight in routed.values()),
         share=share,
-        router=sum(weight.numel() for router in routers for weight in router_weights(router)),
+        router=sum(weight.numel() for weight in deciding),
         embeddings=sum(tables.values()),
         looked_up=sum(size for key, size in tables.items() if key not in in_products),
         head=head.weight.numel(),
         per_token=round(per_token),
-        layers=_attention_layers(config),
+        layers=layers,
     )
 
 

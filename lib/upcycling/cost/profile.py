@@ -13,6 +13,8 @@ import os
 import re
 from collections.abc import Callable, Mapping
 
+from ..tables import Table
+
 _BETWEEN, _ELEMENTWISE = "between operations", "norms and elementwise"
 KINDS = (
     "matrix products", "attention", _ELEMENTWISE, "loss", "routing and moving rows", "copying and clearing memory",
@@ -74,14 +76,13 @@ def _profile(function: Callable[[], object]):
 
 def as_text(seconds: Mapping[str, Mapping[str, float]], baseline: str) -> str:
     """The result of `time_by_kind` as a table: per cent of `baseline`'s whole call, and what the others add to it."""
-    others = [name for name in seconds if name != baseline]
+    first, others = f"% of the {baseline}", [name for name in seconds if name != baseline]
     whole = sum(seconds[baseline].values())
-    width = max(map(len, KINDS)) + 2
-    columns = [*seconds, *(f"{name} adds" for name in others)]
-    lines = [f"{'% of the ' + baseline:{width}}" + "".join(f"{column:>14}" for column in columns)]
+    rows = []
     for kind in (*KINDS, "all"):
-        row = {name: sum(of.values()) if kind == "all" else of[kind] for name, of in seconds.items()}
-        cells = [f"{100 * value / whole:.1f}" for value in row.values()]
-        cells += [f"{100 * (row[name] - row[baseline]) / whole:+.1f}" for name in others]
-        lines.append(f"{kind:{width}}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
+        spent = {name: sum(of.values()) if kind == "all" else of[kind] for name, of in seconds.items()}
+        row = {first: kind} | {name: f"{100 * value / whole:.1f}" for name, value in spent.items()}
+        more = {f"{name} adds": f"{100 * (spent[name] - spent[baseline]) / whole:+.1f}" for name in others}
+        rows.append(row | more)
+    width = dict.fromkeys(rows[0], 14) | {first: max(map(len, KINDS)) + 2}
+    return str(Table(rows, left=[first], width=width, gap=""))

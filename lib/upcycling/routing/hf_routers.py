@@ -58,48 +58,19 @@ def grouped_sigmoid(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tenso
     return weights_NK * router.routed_scaling_factor, expert_ids_NK
 
 
-# Class name of a transformers router -> its rule. Names, so that nothing of transformers is imported here.
-RULES: dict[str, Callable] = {
-    **dict.fromkeys(
-        [
-            "FlexOlmoTopKRouter",
-            "MellumTopKRouter",
-            "MiniMaxTopKRouter",
-            "MixtralTopKRouter",
-            "OlmoeTopKRouter",
-            "Qwen2MoeTopKRouter",
-            "Qwen3MoeTopKRouter",
-            "Qwen3NextTopKRouter",
-            "Qwen3VLMoeTextTopKRouter",
-            "Qwen3_5MoeTopKRouter",
-        ],
-        softmax_then_top_k,
+# The rule of each class of router, by its name less "Router": so that nothing of transformers is imported here.
+_KNOWN = {
+    softmax_then_top_k: (
+        "FlexOlmoTopK MellumTopK MiniMaxTopK MixtralTopK OlmoeTopK Qwen2MoeTopK Qwen3MoeTopK Qwen3NextTopK "
+        "Qwen3VLMoeTextTopK Qwen3_5MoeTopK"
     ),
-    **dict.fromkeys(
-        [
-            "GptOssTopKRouter",
-            "GraniteMoeTopKRouter",
-            "GraniteMoeHybridTopKRouter",
-            "GraniteMoeSharedTopKRouter",
-        ],
-        top_k_then_softmax,
-    ),
-    **dict.fromkeys(
-        [
-            "DeepseekV3TopkRouter",
-            "DeepseekV32TopkRouter",
-            "Dots1TopkRouter",
-            "ExaoneMoeTopkRouter",
-            "Glm4MoeTopkRouter",
-            "Glm4MoeLiteTopkRouter",
-            "Glm4vMoeTextTopkRouter",
-            "GlmMoeDsaTopkRouter",
-            "SolarOpenTopkRouter",
-        ],
-        grouped_sigmoid,
+    top_k_then_softmax: "GptOssTopK GraniteMoeTopK GraniteMoeHybridTopK GraniteMoeSharedTopK",
+    grouped_sigmoid: (
+        "DeepseekV3Topk DeepseekV32Topk Dots1Topk ExaoneMoeTopk Glm4MoeTopk Glm4MoeLiteTopk Glm4vMoeTextTopk "
+        "GlmMoeDsaTopk SolarOpenTopk"
     ),
 }
-_LOOKS_LIKE_MOE = re.compile(r"(Router|Experts|MoE|Moe|SparseMoeBlock|SparseMLP)$")
+RULES: dict[str, Callable] = {f"{name}Router": rule for rule, names in _KNOWN.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -190,6 +161,11 @@ def unpack(router: FoundRouter, output) -> tuple[Tensor, Tensor, Tensor]:
     return output
 
 
+def looks_like_moe(module: nn.Module) -> bool:
+    """Whether a module's class, known here or not, has the name of a router or of a layer with experts."""
+    return bool(re.search(r"(Router|Experts|MoE|Moe|SparseMoeBlock|SparseMLP)$", type(module).__name__))
+
+
 def _layer_of(name: str) -> int:
     """The block's index: the first number in a module's path (model.layers.3.mlp.gate -> 3)."""
     numbers = [part for part in name.split(".") if part.isdigit()]
@@ -199,7 +175,7 @@ def _layer_of(name: str) -> int:
 def _why_no_router(model: nn.Module) -> str:
     kind = type(model).__name__
     for module in model.modules():
-        if _LOOKS_LIKE_MOE.search(type(module).__name__):
+        if looks_like_moe(module):
             known = sorted({re.sub(r"(Text)?Top[Kk]Router$", "", name) for name in RULES})
             return (
                 f"{kind} holds {type(module).__name__}, whose routing rule is not known here; known are DecoderLM and, "

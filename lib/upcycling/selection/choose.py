@@ -12,7 +12,6 @@ counted from 0. What is kept in memory for each document of the corpus: its scor
 
 from __future__ import annotations
 
-import html
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 
 from ..checks import whole_number
 from ..files import write_text
+from ..tables import ShownAsTable, Table
 from ..text.stream import TokenStream
 from .near_duplicates import _Unique
 from .quotas import quotas
@@ -35,8 +35,8 @@ ORDERS = ("highest", "lowest", "middle", "random")
 # --------------------------------------------------------------------------------------------------------- selection
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(ShownAsTable):
     """The rows that were chosen, and how. Prints as a table, in a notebook too.
 
     indices: row numbers, sorted, int64. table: one dict per stratum, in the order of their names: the strata's columns,
@@ -113,27 +113,6 @@ class Selection:
     def __repr__(self) -> str:
         return f"Selection({self._headline()})"
 
-    def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        names = len(self.settings["strata"])
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < names else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in cells
-        ]
-        return "\n".join([self._headline(), *lines])
-
-    def _repr_html_(self) -> str:
-        header, *body = [[html.escape(cell) for cell in line] for line in self._cells()]
-        head = "".join(f"<th>{cell}</th>" for cell in header)
-        lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body)
-        return (
-            f"<p>{html.escape(self._headline())}</p><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-        )
-
     def _headline(self) -> str:
         s = self.settings
         tokens = "" if self.tokens is None else f", {self.tokens:,} tokens"
@@ -145,23 +124,17 @@ class Selection:
             text += f"; {self.shortfall:,} {s['unit']} not spent"
         return text
 
-    def _cells(self) -> list[list[str]]:
-        """The table as text, at most the 20 largest strata and a line for the rest."""
-        columns = ["documents", "available", "quota", "chosen", "tokens", "duplicates", "mean_score"]
+    def _as_table(self) -> Table:
+        """At most the 20 largest strata, and a line for the rest."""
         strata = list(self.settings["strata"])
-        lines = [strata + columns]
-        by_size = sorted(self.table, key=lambda row: -row["documents"])
-        for row in by_size[:20]:
-            lines.append([str(row[name]) for name in strata] + [_cell(row[name]) for name in columns])
-        if rest := by_size[20:]:
-            sums = [None if rest[0][name] is None else sum(row[name] for row in rest) for name in columns[:-1]]
-            label = [f"and {len(rest)} more"] + [""] * (len(strata) - 1)
-            lines.append(label[: len(strata)] + [_cell(value) for value in sums] + [""])
-        return lines
-
-
-def _cell(value) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+        columns = dict.fromkeys(["documents", "available", "quota", "chosen", "tokens", "duplicates"], ",")
+        rows = sorted(self.table, key=lambda row: -row["documents"])
+        if rest := rows[20:]:
+            sums = {name: None if rest[0][name] is None else sum(row[name] for row in rest) for name in columns}
+            rows = [*rows[:20], dict.fromkeys(strata, "") | dict(zip(strata, [f"and {len(rest)} more"])) | sums]
+        shown = [*strata, *columns, "mean_score"]
+        formats = dict.fromkeys(strata, str) | columns
+        return Table(rows, shown, left=strata, formats=formats, strip=True, above=[self._headline()])
 
 
 def select(
