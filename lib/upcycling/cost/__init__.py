@@ -1,1 +1,14 @@
-"""TODO"""
+"""Cost: what a model takes, counted from its configuration or measured where counting cannot know. Notebook 09.
+
+Read in this order:
+
+- `parameters.py`   parameters and FLOPs of our models, from the configuration alone
+- `account.py`      `account`, `side_by_side`: parameters, FLOPs, memory, intensity of our models and transformers'
+- `parts.py`        a model's parts as counting needs them, read from either kind of configuration
+- `activations.py`  the memory that the backward pass keeps, measured
+- `profile.py`      `time_by_kind`: where the seconds go
+- `references.py`   named reference models, and what was claimed of them
+
+What may never come in: a benchmark beside other libraries (bench), or a number that was not counted or measured.
+Parameters that are tied count once; a multiplication and an addition are two FLOPs.
+"""

@@ -10,6 +10,8 @@ counterpart is refused with the name of the setting, in both directions.
 
 - `weights.py`        `to_hf`, `from_hf`, `save_hf`; `names.json` says which of our weights stand in which of theirs
 - `configuration.py`  the settings, and the refusals
+
+What may never come in: a class or a model file of our own; what is written here loads without this library.
 """
 
 from .weights import from_hf, save_hf, to_hf

@@ -9,7 +9,7 @@ rule carried out: the MoE's configuration and the list of its tensors).
 - `classes.json`  the MoE classes, `refused.json` the families that have none, both read by `classes.py`
 - `engine.py`     from a rule to the configuration and tensors of the MoE
 
-All of it works on configurations and shapes: no weight is read in here, and no file of a model.
+All of it works on configurations and shapes. What may never come in: reading a weight, or a file of a model.
 """
 
 from .classes import REFUSED

@@ -1,0 +1,72 @@
+"""Each folder has a page that names its modules, at most ten of them; the evening path is short, and in README."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "lib" / "upcycling"
+FOLDERS = sorted(path.parent for path in LIBRARY.rglob("*/__init__.py"))
+PATH = [
+    *(f"core/{name}.py" for name in ["config", "routing", "balance", "routers", "experts", "moe", "model"]),
+    *(f"core/{name}.py" for name in ["initialisation", "transfer", "equivalence"]),
+    *("text/tokenizer.py", "text/stream.py"),
+    *("training/config.py", "training/optim.py", "training/loop.py"),
+]
+
+
+def modules(folder):
+    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__"))
+
+
+def lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def problems(folder, page):
+    """Sentences about what is wrong with a folder's page."""
+    found = []
+    if not 6 <= len(page.strip().splitlines()) <= 24:
+        found.append(f"{len(page.strip().splitlines())} lines, not 6 to 24")
+    if not re.search("never|nothing", page, re.I):
+        found.append("does not say what may never come in")
+    named = set(re.findall(r"`(?:[\w/]+/)?(\w+)(?:\.py)?`", page))
+    found += [f"does not name {path.stem}" for path in modules(folder) if path.stem not in named]
+    for target in re.findall(r"`([\w/]+(?:\.py|/))`", page):
+        if not any((base / target).exists() for base in (folder, LIBRARY, ROOT)):
+            found.append(f"names {target}, which is gone")
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(LIBRARY).as_posix())
+def test_a_folder_has_its_page_and_at_most_ten_modules(folder):
+    page = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert problems(folder, page) == []
+    # shards stands beside the ten of the evening path
+    assert len(modules(folder)) <= (11 if folder.name == "core" else 10)
+
+
+def test_what_a_page_lacks_is_found(tmp_path):
+    (tmp_path / "moe.py").write_text("")
+    page = "Layers.\n" * 6 + "Nothing else: `moe.py`."
+    assert problems(tmp_path, page) == []
+    assert problems(tmp_path, "Layers: `gone.py`, `away/`") == [
+        "1 lines, not 6 to 24", "does not say what may never come in", "does not name moe",
+        "names gone.py, which is gone", "names away/, which is gone",
+    ]  # fmt: skip
+
+
+def test_the_evening_path_is_all_of_the_core_and_under_3000_lines():
+    assert {f"core/{path.name}" for path in modules(LIBRARY / "core")} - set(PATH) == {"core/shards.py"}
+    assert sum(lines(LIBRARY / path) for path in PATH) < 3000
+
+
+def test_the_evening_path_is_in_readme_in_order_with_its_lines():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## The code in one evening") :].split("\n## ")[0]
+    rows = re.findall(r"\]\(lib/upcycling/([\w/]+\.py)\) \| (\d+) \|", section)
+    assert [path for path, _ in rows] == PATH
+    stale = [path for path, stated in rows if abs(int(stated) - lines(LIBRARY / path)) > 20]
+    assert stale == [], "give their lines anew, rounded to tens"
