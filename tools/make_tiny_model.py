@@ -2,7 +2,7 @@
 
     python tools/make_tiny_model.py [FOLDER]
 
-Two to four minutes on two CPU cores. The same computer and library versions give the same bytes; another computer gives
+A few minutes on one thread. The same computer and library versions give the same bytes; another computer gives
 other last bits, so tests compare with the dense model itself and never with stored logits.
 """
 
@@ -16,9 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "lib"))
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the order of additions, and with it the last bits, is that of one thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # another number of threads adds in another order
 
 VOCABULARY, DOCUMENTS, STEPS = 512, 8_000, 400
 

@@ -1,19 +1,17 @@
 """DecoderLM against transformers' models with the same weights, its cache against no cache, its edges."""
 
-import json
 import math
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
+from real_models import TINY_LLAMA, difference, stories
 
 from upcycling.core.balance import aux_loss
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM, FeedForward
 
-SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 SIZES = dict(vocab_size=29, d_model=16, n_layers=2, n_heads=4, d_ff=24, seq_len=16)
 FAMILIES = dict(simple=ModelConfig.simple, smol=ModelConfig.smol, nano=ModelConfig.nano)
 MOE = MoEConfig(num_experts=4, top_k=2, router_std=1.0)
@@ -157,47 +155,29 @@ def test_smol_moe_is_mixtral(top_k):
         assert theirs.item() == pytest.approx(top_k * aux_loss(routing).item(), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def stories260K():
-    """The real pretrained Llama in our class and in theirs."""
-    folder = SHARED_DATA / "stories260K"
-    if not folder.exists():
-        pytest.skip(f"{folder} is not here")
+def test_a_pretrained_llama_keeps_its_logits_and_its_loss():
+    """Every weight of a real Llama in our class, by hand: its logits, and its loss on the stories that it knows."""
     from transformers import LlamaForCausalLM
 
-    theirs = LlamaForCausalLM.from_pretrained(folder).eval()
-    ours = DecoderLM(
-        ModelConfig.smol(vocab_size=512, d_model=64, n_layers=5, n_heads=8, n_kv_heads=4, d_ff=172, seq_len=512)
-    )
-    names = {ours_name: name for name, ours_name in zip(llama_weights(ours), llama_weights(ours), strict=True)}
-    assert len(names) == len(llama_weights(ours))
-    pretrained = theirs.state_dict()
+    theirs = LlamaForCausalLM.from_pretrained(TINY_LLAMA).eval()
+    sizes = dict(vocab_size=512, d_model=64, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=160, seq_len=256)
+    ours, pretrained = DecoderLM(ModelConfig.smol(**sizes)).eval(), theirs.state_dict()
+    assert ours.num_parameters() == 205_376
     with torch.no_grad():
         for name, value in llama_weights(ours).items():  # these share their memory with the model's parameters
             value.copy_(pretrained[name])
-    return ours.eval(), theirs
+        windows = story_windows()
+        expected = theirs(windows[:2, :-1]).logits
+        assert expected.abs().max() > 5 and difference(expected, ours(windows[:2, :-1]).logits_BTV) <= 1e-5
+        assert ours(windows[:, :-1], windows[:, 1:]).loss.item() == pytest.approx(2.23, abs=0.15)
 
 
-def story_windows(stories=60, length=512):
-    from upcycling.text.tokenizer import load_tokenizer
+def story_windows(length=256):
+    from upcycling.text.tokenizer import encode_documents, load_tokenizer
 
-    tokenizer = load_tokenizer(SHARED_DATA / "stories260K")
-    with open(SHARED_DATA / "tinystories_valid.jsonl", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for _, line in zip(range(stories), file)]
-    ids = [token for text in texts for token in (1, *tokenizer.encode(text, add_special_tokens=False).ids)]
+    ids = [i for document in encode_documents(load_tokenizer(TINY_LLAMA), stories()) for i in document]
     rows = len(ids) // (length + 1)
     return torch.tensor(ids[: rows * (length + 1)]).view(rows, length + 1)
-
-
-def test_a_pretrained_llama_keeps_its_logits_and_its_loss(stories260K):
-    ours, theirs = stories260K
-    assert ours.num_parameters() == 260_032
-    windows = story_windows()
-    with torch.no_grad():
-        expected = theirs(windows[:2, :-1]).logits
-        assert (ours(windows[:2, :-1]).logits_BTV - expected).abs().max() < 5e-5 < 5 < expected.abs().max()
-        losses = [ours(part[:, :-1], part[:, 1:]).loss.item() for part in windows.split(8)[:-1]]
-    assert sum(losses) / len(losses) == pytest.approx(1.347, abs=0.04), "its loss on all 599 stories is 1.347"
 
 
 # --------------------------------------------------------------------------------------------------------------- losses

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from real_models import ROOT, SHARED, TINY_LLAMA, difference, needs_shared, stories, tolerance
 from tiny_transformers import BASE, TINY
 
 transformers = pytest.importorskip("transformers")
@@ -26,10 +26,6 @@ from upcycling.hf.plan import plan  # noqa: E402
 from upcycling.hf.receipt import verify  # noqa: E402
 from upcycling.hf.upcycle_pretrained import upcycle_pretrained  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
-STORIES = ROOT.parent / "shared/data/stories260K"
-VALID = ROOT.parent / "shared/data/tinystories_valid.jsonl"
-needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real tiny model is not here")
 E, T = 4, 24
 # Lfm2Moe adds 1e-6 to the sum of its sigmoid scores: a wide router, whose scores may be small, would show it
 ROUTER_STD = {"lfm2": 0.02}
@@ -68,10 +64,6 @@ def logits(model, ids_BT=None):
     return model(input_ids=tokens() if ids_BT is None else ids_BT, return_dict=True, use_cache=False).logits
 
 
-def difference(a, b):
-    return float((a.double() - b.double()).abs().max())
-
-
 # -------------------------------------------------------------------------------------------------- the same function
 
 
@@ -107,7 +99,7 @@ def test_padded_cached_and_greedy_too(kind, variant):
     dense = tiny(kind, variant)
     receipt = verify(dense, upcycle_pretrained(dense, E, 2), length=T)
     assert receipt.passed, str(receipt)
-    assert receipt.max_abs_diff <= 1e-5
+    assert receipt.max_abs_diff <= tolerance(logits(dense))
     assert set(receipt.checks) == {"random ids", "padded right", "padded left", "with cache"}
 
 
@@ -218,7 +210,7 @@ def outcome(kind, values, names):
     length = min(T, moe.config.get_text_config().max_position_embeddings)
     ids_BT = tokens(dense.config.vocab_size, length)
     expected, got = logits(dense, ids_BT), logits(moe, ids_BT)
-    assert difference(expected, got) <= 1e-5 * max(1, float(expected.abs().max())), f"{kind}: {changed}"
+    assert difference(expected, got) <= 1e-5, f"{kind}: {changed}"
     return "equal"
 
 
@@ -691,31 +683,31 @@ def test_weights_that_are_not_numbers_are_named():
 # ------------------------------------------------------------------------------------------------------ a real model
 
 
-@needs_stories
 def test_a_real_model_tells_the_same_story(tmp_path):
-    dense = transformers.AutoModelForCausalLM.from_pretrained(STORIES)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
-    upcycle_pretrained(STORIES, 8, 2).save_pretrained(tmp_path)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_LLAMA)
+    upcycle_pretrained(TINY_LLAMA, 8, 2).save_pretrained(tmp_path)
     moe = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     receipt = verify(dense, moe, tokenizer)
     assert receipt.passed, str(receipt)
-    assert receipt.checks["random ids"] <= 1e-5
+    ids_BT = torch.tensor([tokenizer(stories()[0])["input_ids"][:100]])
+    expected = logits(dense, ids_BT)
+    assert difference(expected, logits(moe, ids_BT)) <= 1e-5
     prompt = tokenizer("Once upon a time", return_tensors="pt")
     dense_text, moe_text = (
         tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=False)[0]) for model in (dense, moe)
     )
-    assert dense_text == moe_text and "there was" in moe_text
-    # Its logits reach 25, where float32 leaves the dense model itself 4e-5; in float64 the difference vanishes.
-    moe.set_experts_implementation("eager")
-    ids_BT = torch.tensor([tokenizer("Once upon a time, there was a dog. It ran and ran.")["input_ids"]])
-    assert difference(logits(dense.double(), ids_BT), logits(moe.double(), ids_BT)) <= 1e-5
+    assert dense_text == moe_text and len(moe_text) > 100
+    moe.set_experts_implementation("eager")  # in float64 little is left, of norms in float32
+    expected = logits(dense.double(), ids_BT)
+    assert expected.abs().max() > 5 and difference(expected, logits(moe.double(), ids_BT)) <= 1e-6
 
 
-def stories_loss(model, tokenizer, stories):
-    """(mean nats per token, tokens) over stories joined by BOS, in windows of 512."""
-    ids_N = torch.tensor([i for text in stories for i in tokenizer(text)["input_ids"]])
+def loss_on(model, tokenizer, texts):
+    """(mean nats per token, tokens) over texts joined by BOS, in windows of the context."""
+    ids_N = torch.tensor([i for text in texts for i in [model.config.bos_token_id, *tokenizer(text)["input_ids"]]])
     total, count = 0.0, 0
-    for window_T in ids_N.split(512):
+    for window_T in ids_N.split(model.config.max_position_embeddings):
         if len(window_T) > 1:
             logits_TV = logits(model, window_T[None])[0, :-1]
             total += float(torch.nn.functional.cross_entropy(logits_TV.double(), window_T[1:], reduction="sum"))
@@ -723,14 +715,23 @@ def stories_loss(model, tokenizer, stories):
     return total / count, count
 
 
-@needs_stories
-@pytest.mark.parametrize("many", [12, pytest.param(None, marks=pytest.mark.slow)])
-def test_the_loss_on_real_stories_is_unchanged_to_five_decimals(many):
-    dense = transformers.AutoModelForCausalLM.from_pretrained(STORIES)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(STORIES)
-    stories = [json.loads(line)["text"] for line in VALID.read_text(encoding="utf-8").splitlines()][:many]
-    before, count = stories_loss(dense, tokenizer, stories)
-    after, _ = stories_loss(upcycle_pretrained(dense, 8, 2), tokenizer, stories)
-    assert count > 2000 and 1 < before < 1.6
+@pytest.mark.parametrize(
+    "folder, many, low, high",
+    [
+        (TINY_LLAMA, 12, 2.0, 2.5),
+        pytest.param(SHARED / "stories260K", 12, 1.0, 1.6, marks=needs_shared),
+        pytest.param(SHARED / "stories260K", None, 1.0, 1.6, marks=[needs_shared, pytest.mark.slow]),
+    ],
+)
+def test_the_loss_on_real_stories_is_unchanged_to_five_decimals(folder, many, low, high):
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = stories()
+    if folder != TINY_LLAMA:
+        lines = (SHARED / "tinystories_valid.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+    before, count = loss_on(dense, tokenizer, texts[:many])
+    after, _ = loss_on(upcycle_pretrained(dense, 8, 2), tokenizer, texts[:many])
+    assert count > 2000 and low < before < high
     assert abs(after - before) < 5e-6
     print(f"{count} tokens: {before:.7f} and {after:.7f}")

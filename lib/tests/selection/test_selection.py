@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_models import TINY_LLAMA
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from upcycling import MoEConfig, TrainConfig, load_corpus
@@ -161,13 +162,12 @@ def test_excess_is_dense_minus_moe(rows, tokenizer, dense, moe):
     assert scored(few, tokenizer, "excess", model=dense, moe=moe) == pytest.approx(losses[0] - losses[1], abs=1e-6)
 
 
-@pytest.mark.skipif(not (DATA / "stories260K").is_dir(), reason="the real tiny model is not here")
 def test_a_transformers_model_and_tokenizer():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(DATA / "stories260K").eval()
-    theirs, ours = AutoTokenizer.from_pretrained(DATA / "stories260K"), load_tokenizer(DATA / "stories260K")
-    good = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA).eval()
+    theirs, ours = AutoTokenizer.from_pretrained(TINY_LLAMA), load_tokenizer(TINY_LLAMA)
+    good = "Once upon a time, there was a little girl named Lily. One day, she went to the park with her mother."
     rows = [{"text": good}, {"text": " ".join(reversed(good.split()))}, {"text": good * 9}]
     before = theirs.backend_tokenizer.to_str()
     scores = scored(rows, theirs, "cross_entropy", model=model, seq_len=40)

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from real_models import TINY_LLAMA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from upcycling.routing.metrics import domain_specialization
@@ -18,7 +18,6 @@ from upcycling.routing.trace import RoutingTrace
 from upcycling.routing.typed_text import token_texts
 from upcycling.show.report import save_report
 
-SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img src=http://127.0.0.1:9/x onerror=alert(1)>",
@@ -265,16 +264,15 @@ def test_texts_of_a_byte_level_tokenizer():
     assert token_texts(tokenizer, torch.tensor(ids)) == [" a", "\n", "\ufffd", "<|end|>", "[999]", "[-1]", " a"]
 
 
-@pytest.mark.skipif(not (SHARED / "stories260K").exists(), reason="no stories260K")
 @pytest.mark.parametrize("wrapped", [False, True], ids=["tokenizers", "transformers"])
 def test_texts_of_a_real_tokenizer_join_to_the_text(wrapped):
     if wrapped:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(SHARED / "stories260K")
+        tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
         ids = tokenizer("Once upon a time, Lily").input_ids
     else:
-        tokenizer = Tokenizer.from_file(str(SHARED / "stories260K" / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(TINY_LLAMA / "tokenizer.json"))
         ids = tokenizer.encode("Once upon a time, Lily").ids
     texts = token_texts(tokenizer, ids)
     assert "".join(texts).removeprefix("<s>").strip() == "Once upon a time, Lily"
