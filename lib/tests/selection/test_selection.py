@@ -31,7 +31,7 @@ from upcycling.selection.quotas import quotas
 from upcycling.selection.scores import SCORES, length_correlation, score_documents
 from upcycling.text import corpus
 from upcycling.text.stream import TokenStream
-from upcycling.text.tokenizer import encode_document, load_tokenizer, train_tokenizer
+from upcycling.text.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 from upcycling.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -147,7 +147,7 @@ def by_hand(model, ids, context):
 
 def test_cross_entropy_counts_every_token_of_long_documents(rows, tokenizer, dense):
     few = rows.select(range(20))
-    ids = [encode_document(tokenizer, text) for text in few["text"]]
+    ids = encode_documents(tokenizer, few["text"])
     assert min(map(len, ids)) > 33, "the documents must be longer than the context"
     found = scored(few, tokenizer, "cross_entropy", model=dense, batch_size=5)
     assert found == pytest.approx([by_hand(dense, each, 32) for each in ids], abs=1e-5)
@@ -172,7 +172,7 @@ def test_a_transformers_model_and_tokenizer():
     before = theirs.backend_tokenizer.to_str()
     scores = scored(rows, theirs, "cross_entropy", model=model, seq_len=40)
     assert theirs.backend_tokenizer.to_str() == before, "the caller's tokenizer was changed"
-    ids = [encode_document(ours, row["text"]) for row in rows]
+    ids = encode_documents(ours, [row["text"] for row in rows])
     assert scores == pytest.approx([by_hand(model, each, 40) for each in ids], abs=1e-4)
     assert scores[0] < scores[1] - 1
 
@@ -570,7 +570,7 @@ def test_the_loader_yields_exactly_the_selected_ids(rows, tokenizer, chosen, tmp
     # the ids are not only claimed: what the stream holds of each document is the text of the row of that number
     ends = np.cumsum(stream.document_lengths)
     for number, start, end in zip(stream.document_ids, ends - stream.document_lengths, ends):
-        assert stream.tokens[start:end].tolist() == encode_document(tokenizer, rows[int(number)]["text"])
+        assert stream.tokens[start:end].tolist() == encode_documents(tokenizer, [rows[int(number)]["text"]])[0]
 
 
 def test_training_reads_the_selected_documents_and_no_others(rows, tokenizer, chosen, dense, tmp_path):
@@ -586,7 +586,7 @@ def test_training_reads_the_selected_documents_and_no_others(rows, tokenizer, ch
         train(model, recorded, validation, config, progress=False, verbose=False)
         read = documents_read(stream, config, 32)
         assert read <= among and len(recorded.windows) == 3
-        documents = {i: encode_document(tokenizer, rows[int(i)]["text"]) for i in read}
+        documents = {i: encode_documents(tokenizer, [rows[int(i)]["text"]])[0] for i in read}
         pieces = texts_in(recorded.windows, tokenizer)
         assert all(any(contains(ids, piece) for ids in documents.values()) for piece in pieces)
         for ids in documents.values():  # and no document is said to be read that gave nothing

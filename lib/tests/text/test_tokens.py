@@ -25,7 +25,6 @@ from upcycling.text.tokenizer import (
     SPECIAL_TOKENS,
     bos_eos,
     bytes_per_token,
-    encode_document,
     encode_documents,
     encode_prompt,
     load_tokenizer,
@@ -43,6 +42,11 @@ NASTY = [
     "\x00\x1b\r\n\t  x ",
     "\U0010ffff\ue000",
 ]
+
+
+def encode_document(tokenizer, text):
+    (ids,) = encode_documents(tokenizer, [text])
+    return ids
 
 
 def make_texts(count, seed=0):

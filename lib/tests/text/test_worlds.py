@@ -21,8 +21,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from upcycling.text.worlds.grammar import Choices, Writer
-from upcycling.text.worlds.world import DOMAINS, World, WorldConfig, derivations, generate
+from upcycling.text.worlds.grammar import Choices, Chooser, Writer
+from upcycling.text.worlds.world import DOMAINS, World, WorldConfig, generate
 
 TEXTS_SHA256 = "e889e922a30325b262bfa110332abce3bcc4f40166b7fdcf5cc5ab6d3d1ebcf1"
 SURPRISALS_SHA256 = "1ca9d9759aca1c9a287f13ba52a5a70d5b9094cd5a65c843243536603a7b118f"
@@ -40,6 +40,56 @@ def hashes_of(rows):
 
 def sample_lines(rows):
     return "".join(json.dumps(row | {"surprisal": round(row["surprisal"], 6)}) + "\n" for row in rows)
+
+
+class Mismatch(Exception):
+    """The choices made so far do not lead to the text."""
+
+
+class Reader(Chooser):
+    """Replays a script of choices against a text; past its end, takes the first one that fits and notes the others."""
+
+    def __init__(self, text: str, script: list[int]):
+        self.text, self.position = text, 0
+        self.script, self.made, self.alternatives = script, [], []
+
+    def say(self, text: str) -> None:
+        if not self.text.startswith(text, self.position):
+            raise Mismatch
+        self.position += len(text)
+
+    def _choose(self, choices: Choices, used) -> int:
+        step = len(self.made)
+        if step < len(self.script):
+            index = self.script[step]
+        else:
+            fitting = [
+                i
+                for i, option in enumerate(choices.texts)
+                if choices.weights[i] and i not in used and self.text.startswith(option, self.position)
+            ]
+            if not fitting:
+                raise Mismatch
+            index = fitting[0]
+            self.alternatives += [[*self.made, other] for other in fitting[1:]]
+        self.made.append(index)
+        self.position += len(choices.texts[index])
+        return index
+
+
+def derivations(text: str, world: World) -> list[tuple[str, float]]:
+    """Every way to generate `text`, as pairs (domain, surprisal in nats): exactly one for a genuine text, else none."""
+    found, scripts = [], [[]]
+    while scripts:
+        reader = Reader(text, scripts.pop())
+        try:
+            domain = world.write(reader)
+            if reader.position == len(text):
+                found.append((domain, reader.surprisal))
+        except Mismatch:
+            pass
+        scripts += reader.alternatives
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -145,11 +145,6 @@ def _framed(tokenizer: Tokenizer, encodings: Iterable) -> list[list[int]]:
     return [before + encoding.ids + [eos_id] for encoding in encodings]
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids `bos + ids + eos` of one text; see `encode_documents`."""
-    return encode_documents(tokenizer, [text])[0]
-
-
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids that a continuation of `text` starts from: what precedes a document in a stream, and no end.
 

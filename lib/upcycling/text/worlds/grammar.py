@@ -22,8 +22,11 @@ class Choices:
         self.costs = [-math.log(weight / self.total) if weight else math.inf for weight in self.weights]
 
 
-class _Chooser:
-    """Goes through a document's choices; `surprisal` is the sum of -log p so far, in nats."""
+class Chooser:
+    """Goes through a document's choices; `surprisal` is the sum of -log p so far, in nats.
+
+    `_choose(choices, used)` says which one and writes it, `say` writes what is already determined.
+    """
 
     surprisal = 0.0
 
@@ -39,7 +42,7 @@ class _Chooser:
         return index
 
 
-class Writer(_Chooser):
+class Writer(Chooser):
     """Writes one document by random choices; `text` is what was written."""
 
     def __init__(self, random_function):
@@ -65,41 +68,6 @@ class Writer(_Chooser):
                 if place < 0:
                     break
         self._parts.append(choices.texts[index])
-        return index
-
-
-class Mismatch(Exception):
-    """The choices made so far do not lead to the text."""
-
-
-class Reader(_Chooser):
-    """Replays a script of choices against a text; past its end, takes the first one that fits and notes the others."""
-
-    def __init__(self, text: str, script: list[int]):
-        self.text, self.position = text, 0
-        self.script, self.made, self.alternatives = script, [], []
-
-    def say(self, text: str) -> None:
-        if not self.text.startswith(text, self.position):
-            raise Mismatch
-        self.position += len(text)
-
-    def _choose(self, choices: Choices, used: Sequence[int]) -> int:
-        step = len(self.made)
-        if step < len(self.script):
-            index = self.script[step]
-        else:
-            fitting = [
-                i
-                for i, option in enumerate(choices.texts)
-                if choices.weights[i] and i not in used and self.text.startswith(option, self.position)
-            ]
-            if not fitting:
-                raise Mismatch
-            index = fitting[0]
-            self.alternatives += [[*self.made, other] for other in fitting[1:]]
-        self.made.append(index)
-        self.position += len(choices.texts[index])
         return index
 
 

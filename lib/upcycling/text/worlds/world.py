@@ -1,4 +1,4 @@
-"""A world, drawn once from its seed, and the documents about it: `generate`, and `derivations`, its inverse."""
+"""A world, drawn once from its seed, and the documents about it: `generate`."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ from .code import Code
 from .dictionary import DICTIONARY_WORDS, Dictionary
 from .draw import Draw
 from .geography import Geography
-from .grammar import Choices, Mismatch, Reader, Writer
+from .grammar import Choices, Writer
 from .stories import Stories
 from .words import WORDS, read_json
 
@@ -110,18 +110,3 @@ def generate(documents: int, seed: int = 0, world: World | WorldConfig | None = 
         metadata = Writer(choose_metadata)
         columns = {column: choices.texts[metadata.pick(choices)] for column, choices in _METADATA[domain].items()}
         yield {"text": text, "domain": domain, "surprisal": writer.surprisal, **columns}
-
-
-def derivations(text: str, world: World) -> list[tuple[str, float]]:
-    """Every way to generate `text`, as pairs (domain, surprisal in nats): exactly one for a genuine text, else none."""
-    found, scripts = [], [[]]
-    while scripts:
-        reader = Reader(text, scripts.pop())
-        try:
-            domain = world.write(reader)
-            if reader.position == len(text):
-                found.append((domain, reader.surprisal))
-        except Mismatch:
-            pass
-        scripts += reader.alternatives
-    return found
