@@ -52,7 +52,7 @@ def load_model(path: str | os.PathLike) -> DecoderLM:
     ours, or whose tensors do not fit its own configuration (checked before memory for the model is taken).
     """
     tensors, header = read_tensors(path)
-    weights = _part(tensors, "model.")
+    weights = part(tensors, "model.")
     try:
         config = ModelConfig.from_dict(header["model_config"])
         if config.n_layers > len(weights):  # or a hostile header could have us build layers for hours
@@ -98,7 +98,7 @@ def load_checkpoint(path: str | os.PathLike, run: Run) -> None:
     model, optimizer, accelerator = run.model, run.optimizer, run.accelerator
     try:
         _check_setup(header["setup"], json.loads(json.dumps(_setup(run))))
-        weights, states, standing = _part(tensors, "model."), _part(tensors, "rng."), header["standing"]
+        weights, states, standing = part(tensors, "model."), part(tensors, "rng."), header["standing"]
         _check_weights(weights, model)
         shapes = {name: state.shape for name, state in _all_random_states(run).items()}
         if header["tensors"] != sorted(tensors) or shapes != {name: state.shape for name, state in states.items()}:
@@ -108,7 +108,7 @@ def load_checkpoint(path: str | os.PathLike, run: Run) -> None:
             raise ValueError("it does not say where its run stood")
         moments = {}
         for index, (name, parameter) in enumerate(_trained(model, optimizer)):
-            moments[index] = _part(tensors, f"optimizer.{name}.")
+            moments[index] = part(tensors, f"optimizer.{name}.")
             for value in moments[index].values():  # full or factored or a scalar: each broadcasts to its parameter
                 if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
                     raise ValueError(f"the optimizer's state of {name} has shape {tuple(value.shape)}")
@@ -128,12 +128,12 @@ def load_checkpoint(path: str | os.PathLike, run: Run) -> None:
 
 def _setup(run: Run) -> dict[str, dict[str, Any]]:
     """What a run that goes on from a checkpoint must share with the one that wrote it."""
-    data = {"train_stream": run.train_stream.key, "validation_stream": run.validation_stream.key}
-    data |= {"processes": run.accelerator.num_processes}
+    data: dict[str, Any] = {"train_stream": run.train_stream.key, "validation_stream": run.validation_stream.key}
+    data["processes"] = run.accelerator.num_processes
     if run.seq_len != run.model.config.seq_len:
-        data |= {"seq_len": run.seq_len}
+        data["seq_len"] = run.seq_len
     if run.optimizer_key is not None:
-        data |= {"optimizer_state": run.optimizer_key}
+        data["optimizer_state"] = run.optimizer_key
     return {"model": run.model.config.to_dict(), "training": asdict(run.config), "data": data}
 
 
@@ -168,7 +168,8 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -115,7 +115,7 @@ class Run:
     files: RunFiles | None = None
     optimizer_key: str | None = None  # of a given optimizer state
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.model.to(self.accelerator.device)
         self.optimizer = optimizer_of(self.model, self.config, self.accelerator.device)
         self.scheduler = scheduler_of(self.optimizer, self.config)
@@ -185,8 +185,9 @@ class Run:
         say = bar.write if verbose else None
         with bar:
             if standing.step == 0:
-                self.record(row := standing.row({}, sparse), True, say)
-                self.call(callbacks, row, True)
+                first = standing.row({}, sparse)
+                self.record(first, True, say)
+                self.call(callbacks, first, True)
             self.wrapped.train()
             while standing.step < config.steps:
                 stats = self.timed_update()
@@ -194,12 +195,13 @@ class Run:
                 evaluated = done or due(standing.step, config.eval_every)
                 bar.update()
                 bar.set_postfix_str(f"loss {stats['loss']:.3f}, {standing.tokens_per_second:,.0f} tok/s", refresh=False)
-                row = None
-                if evaluated or due(standing.step, config.log_every):
-                    self.record(row := standing.row(stats, sparse), evaluated, say)
+                row = standing.row(stats, sparse) if evaluated or due(standing.step, config.log_every) else None
+                if row is not None:
+                    self.record(row, evaluated, say)
                 self.call(callbacks, row, evaluated)
                 if self.files is not None and (done or due(standing.step, config.checkpoint_every)):
                     self.files.save(self)
+        assert standing.val_loss is not None and standing.best_loss is not None  # evaluated after the last update
         return TrainResult(self.history, standing.val_loss, standing.best_loss, standing.seconds)
 
     def timed_update(self) -> Row:

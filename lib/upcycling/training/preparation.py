@@ -21,12 +21,9 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 def check_settings(
-    model: DecoderLM,
-    train_stream: TokenStream,
-    validation_stream: TokenStream,
-    config: TrainConfig,
+    model: DecoderLM, train_stream: TokenStream, validation_stream: TokenStream, config: TrainConfig,
     directory: str | os.PathLike | None,
-) -> None:
+) -> None:  # fmt: skip
     """Raise ValueError or RuntimeError for what `train` cannot do, before anything is changed."""
     vocabulary = model.config.vocab_size
     for name, stream in (("training", train_stream), ("validation", validation_stream)):

@@ -32,8 +32,10 @@ class RunFiles:
         if resume and self.latest.exists():
             load_checkpoint(self.latest, run)
             self.saved_step = run.standing.step
-            # Rows behind the checkpoint will be made again; a line cut off by a kill can only be such a row.
-            run.history = [row for row in _read_rows(self.history) if row["step"] <= run.standing.step]
+            # Rows behind the checkpoint will be made again; what follows the last line break was cut off by a kill.
+            text = self.history.read_text(encoding="utf-8") if self.history.exists() else ""
+            rows = map(json.loads, text.split("\n")[:-1])
+            run.history = [row for row in rows if row["step"] <= run.standing.step]
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             if not resume:
@@ -61,13 +63,3 @@ class RunFiles:
         save_checkpoint(self.latest, run)
         self.saved_step = run.standing.step
         run.accelerator.wait_for_everyone()
-
-
-def _read_rows(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

@@ -5,7 +5,7 @@ Shapes: L layers, C domains, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch import Tensor
 from ..checks import IGNORE
 from ..core.model import DecoderLM, evaluating
 
+Texts = Tensor | Sequence[Tensor]  # token ids tokens_BT, or (tokens_BT, targets_BT)
+
 
 @torch.no_grad()
-def router_rows(dense: DecoderLM, texts, router_std: float = 0.02) -> Tensor:
+def router_rows(dense: DecoderLM, texts: Mapping[str, Texts] | Sequence[Texts], router_std: float = 0.02) -> Tensor:
     """rows_LCD for `upcycle(router_rows=…)`: what each router sees, on average, in the texts of each domain.
 
     `texts` holds, for each expert or domain, token ids tokens_BT, or (tokens_BT, targets_BT), whose ignored targets
@@ -37,7 +39,7 @@ def router_rows(dense: DecoderLM, texts, router_std: float = 0.02) -> Tensor:
     return router_std * rows_LCD / std_L11
 
 
-def _mean_ffn_inputs(dense: DecoderLM, domain) -> Tensor:
+def _mean_ffn_inputs(dense: DecoderLM, domain: Texts) -> Tensor:
     """means_LD over a domain's tokens, in float64."""
     tokens_BT, targets_BT = domain if isinstance(domain, tuple | list) else (domain, None)
     real_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if targets_BT is None else targets_BT != IGNORE

@@ -12,7 +12,7 @@ from ..core.model import DecoderLM
 from ..core.transfer import initialisation
 
 
-def double(moe: DecoderLM, init="copy", keep_top_k: bool = False, seed: int = 0) -> DecoderLM:
+def double(moe: DecoderLM, init: str | Copy = "copy", keep_top_k: bool = False, seed: int = 0) -> DecoderLM:
     """`moe` with twice the experts: each expert e becomes the twins 2e and 2e + 1, which share its router row.
 
     `top_k` doubles, too, so that whenever e was chosen both twins are, each with half its weight: the same function

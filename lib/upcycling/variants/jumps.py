@@ -17,10 +17,16 @@ from ..core.initialisation import Copy, Drop, Noise, Permute, weights_sum_to_1
 from ..core.model import DecoderLM, evaluating
 from ..core.shards import Granular, Partition
 from ..core.transfer import initialisation, upcycle
+from ..text.stream import TokenStream
+
+Recipe = str | Copy | Granular | Partition  # what `upcycle` takes as init
 
 
 @torch.no_grad()
-def initial_jumps(before: DecoderLM, after: Mapping, windows, seed: int = 0, batch_size: int = 32) -> list[dict]:
+def initial_jumps(
+    before: DecoderLM, after: Mapping[str, DecoderLM | tuple[MoEConfig, Recipe]],
+    windows: TokenStream | tuple[Tensor, Tensor], seed: int = 0, batch_size: int = 32,
+) -> list[dict]:  # fmt: skip
     """One row for each entry of `after`: name, exact, loss, jump (nats per target), max_logit_diff.
 
     `after` maps names to MoEs that came from `before`, or to pairs (MoEConfig, init) for `upcycle(before, …, seed)`.
@@ -58,7 +64,7 @@ def _evaluate(model: DecoderLM, batches: list[tuple[Tensor, Tensor]]) -> tuple[f
     return total / count, logits
 
 
-def published_arms(dense: DecoderLM, moe: MoEConfig) -> dict[str, tuple[MoEConfig, object]]:
+def published_arms(dense: DecoderLM, moe: MoEConfig) -> dict[str, tuple[MoEConfig, Recipe]]:
     """The published recipes by name, for `initial_jumps`: each with the sizes it needs, else as `moe` says.
 
     Shards are a quarter of the FFN, with four times the experts per token (half, where a quarter does not divide the
@@ -69,7 +75,7 @@ def published_arms(dense: DecoderLM, moe: MoEConfig) -> dict[str, tuple[MoEConfi
     fine = replace(moe, expert_d_ff=width // shards, top_k=shards * moe.top_k)
     parts = replace(moe, expert_d_ff=width // experts)
     bare = replace(moe, renormalize=False)
-    arms = {
+    arms: dict[str, tuple[MoEConfig, Recipe]] = {
         "copy": (moe, Copy()),
         "copy, router σ 0.5": (replace(moe, router_std=0.5), Copy()),
         "permuted copies": (moe, Permute()),

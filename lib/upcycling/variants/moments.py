@@ -15,17 +15,22 @@ gradients are s times as large. Shapes: E experts, D width, F hidden units of th
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..core.experts import Experts
 from ..core.initialisation import weights_sum_to_1
 from ..core.model import DecoderLM, FeedForward
-from ..core.moe import MoELayer
 from ..files import read_tensors
+from ..training.checkpoint import part
 
 
-def carry_moments(source, dense: DecoderLM, moe: DecoderLM) -> dict[str, dict[str, Tensor]]:
+def carry_moments(
+    source: Optimizer | str | os.PathLike, dense: DecoderLM, moe: DecoderLM
+) -> dict[str, dict[str, Tensor]]:
     """AdamW's state for `moe` by parameter name: {name: {"step", "exp_avg", "exp_avg_sq"}}, for `train`.
 
     `source` is the dense run's `latest.safetensors`, or the torch AdamW that trained `dense`. `moe` must be as
@@ -43,21 +48,16 @@ def carry_moments(source, dense: DecoderLM, moe: DecoderLM) -> dict[str, dict[st
         prefix = f"blocks.{layer}.ffn."
         ffn, sparse = dense.blocks[layer].ffn, moe.blocks[layer].ffn
         values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        share, weight = _share_and_weight(sparse)
-        for name, experts in (("experts", sparse.experts), ("shared", sparse.shared)):
+        share = sparse.moe.top_k / sparse.moe.num_experts
+        weight = 1 / (sparse.moe.top_k if weights_sum_to_1(sparse.moe) else sparse.moe.num_experts)
+        for name, experts, a, w in (("experts", sparse.experts, share, weight), ("shared", sparse.shared, 1.0, 1.0)):
             if experts is not None:
-                a, w = (share, weight) if name == "experts" else (1.0, 1.0)
                 for key, moments in _expert_moments(ffn, experts, values, a, w).items():
                     carried[f"{prefix}{name}.{key}"] = moments
     return carried
 
 
-def _share_and_weight(layer: MoELayer) -> tuple[float, float]:
-    moe = layer.moe
-    return moe.top_k / moe.num_experts, 1 / (moe.top_k if weights_sum_to_1(moe) else moe.num_experts)
-
-
-def _expert_moments(ffn: FeedForward, experts: Experts, state: dict, a: float, w: float) -> dict:
+def _expert_moments(ffn: FeedForward, experts: Experts, state: dict, a: float, w: float) -> dict[str, dict]:
     units_EG, found_EG = _units(ffn, experts)
     scale_EG = torch.where(found_EG, _down_scale(ffn, experts, units_EG), 1.0)
     names = {"w_up_EFD": "up.weight", "w_gate_EFD": "gate.weight", "w_down_EDF": "down.weight"}
@@ -111,29 +111,24 @@ def _down_scale(ffn: FeedForward, experts: Experts, units_EG: Tensor) -> Tensor:
     return torch.where(dense_EG > 0, ours_EG / dense_EG.clamp(min=1e-30), torch.ones_like(ours_EG))
 
 
-def _by_name(source, dense: DecoderLM) -> dict[str, dict[str, Tensor]]:
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    if isinstance(source, torch.optim.Optimizer):
+def _by_name(source: Optimizer | str | os.PathLike, dense: DecoderLM) -> dict[str, dict[str, Tensor]]:
+    keys = {"step", "exp_avg", "exp_avg_sq"}
+    if isinstance(source, Optimizer):
         what = f"this {type(source).__name__}"
-        state = {name: source.state.get(parameter, {}) for name, parameter in dense.named_parameters()}
+        found = {name: source.state.get(parameter, {}) for name, parameter in dense.named_parameters()}
     else:
-        what = str(source)
-        tensors, _ = read_tensors(source)
-        state = {
-            name: {key: tensors[full] for key in keys if (full := f"optimizer.{name}.{key}") in tensors}
-            for name, _ in dense.named_parameters()
-        }
+        what, tensors = str(source), read_tensors(source)[0]
+        found = {name: part(tensors, f"optimizer.{name}.") for name, _ in dense.named_parameters()}
+    state = {}
     for name, parameter in dense.named_parameters():
-        if not set(keys) <= set(state[name]):
+        if not keys <= found[name].keys():
             raise ValueError(
                 f"{what} has no AdamW moments of {name}: give the optimizer or checkpoint of its AdamW run"
             )
-        if state[name]["exp_avg"].shape != parameter.shape:
+        if found[name]["exp_avg"].shape != parameter.shape:
             raise ValueError(
-                f"{what} has moments of shape {tuple(state[name]['exp_avg'].shape)} for {name}, which is "
+                f"{what} has moments of shape {tuple(found[name]['exp_avg'].shape)} for {name}, which is "
                 f"{tuple(parameter.shape)}: they belong to another model"
             )
-    return {
-        name: {key: state[name][key].to(parameter.device) for key in keys}
-        for name, parameter in dense.named_parameters()
-    }
+        state[name] = {key: found[name][key].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    return state
