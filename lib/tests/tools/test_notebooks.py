@@ -14,41 +14,17 @@ import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import nbformat
 import pytest
+from cells import CHECK, NOTEBOOKS, ROOT, code_cell, tags, text_of, without_magics
 from nbval.plugin import get_sanitize_patterns
 
 from upcycling.environment import COLAB_CELL
 
-ROOT = Path(__file__).resolve().parents[3]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CHECK = "nbval-check-output"
 CHECKED_CELLS = 6
 MACHINE_PATH = re.compile(r"(?<![\w.:/])(/home/|/root/|/Users/|/work/|/tmp/|/private/|[A-Z]:\\)\w")
 LINK = re.compile(r"\]\(([^)\s]+)[^)]*\)|(?:href|src)=\"([^\"]+)\"")
-
-
-def text_of(cell):
-    """What nbval compares of a code cell's saved outputs."""
-    parts = []
-    for output in cell.outputs:
-        if output.output_type == "stream" and output.name == "stdout":
-            parts.append(output.text)
-        elif output.output_type in ("display_data", "execute_result"):
-            parts.append(output.data.get("text/plain", ""))
-        elif output.output_type == "error":
-            parts.append(f"{output.ename}: {output.evalue}")
-    return "\n".join(parts).strip()
-
-
-def tags(cell):
-    return cell.metadata.get("tags", [])
-
-
-def without_magics(source):
-    return re.sub(r"^(\s*)[!%].*$", r"\1pass", source, flags=re.M)
 
 
 def defined_classes(source):
@@ -75,8 +51,8 @@ def problems(notebook, path):
         found.append("no stamp of the versions it ran with; save with `make notebooks`")
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("not saved executed 1..n in order; save with `make notebooks`")
-    if not 40 <= len(notebook.cells) <= 70:
-        found.append(f"{len(notebook.cells)} cells, not 40 to 70")
+    if not 40 <= len(notebook.cells) <= 90:
+        found.append(f"{len(notebook.cells)} cells, not 40 to 90")
     words = sum(len(re.findall(r"\w+", re.sub(r"\]\([^)]*\)", "]", source))) for source in prose)  # no addresses
     if not 900 <= words <= 3000:
         found.append(f"{words} words of prose, not 900 to 3000")
@@ -234,15 +210,6 @@ def test_numbers_in_the_prose_are_printed_by_checked_cells(path):
 
 
 # the rules themselves
-
-
-def code_cell(source, text="", number=None, checked=False, **metadata):
-    cell = nbformat.v4.new_code_cell(source, execution_count=number, metadata=metadata)
-    if checked:
-        cell.metadata["tags"] = [CHECK]
-    if text:
-        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
-    return cell
 
 
 @pytest.fixture
