@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny
 
@@ -16,7 +15,7 @@ from upcycling.experiments.results import paired, values, verdict
 from upcycling.experiments.selected import REFERENCE, Choice, budget_of, choose, study, summarize, table
 from upcycling.experiments.series import Series
 from upcycling.selection.choose import documents_read
-from upcycling.show.training import plot_length_bias, plot_quotas, plot_selected
+from upcycling.show import plot_selected
 from upcycling.training.config import TrainConfig
 
 SHORT = TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, eval_every=2)
@@ -130,11 +129,3 @@ def test_the_command_writes_and_prints(series, tmp_path, monkeypatch, capsys):
     assert main(["select", "--seeds", "0", "--fraction", "0.2", "--out", str(tmp_path / "r.json")]) == 0
     assert "highest count entropy" in capsys.readouterr().out and (tmp_path / "r.json").exists()
     assert main(["select", "--fraction", "3"]) == 2 and "'--fraction': 3 is no fraction" in capsys.readouterr().err
-
-
-def test_figures_of_scores_and_quotas():
-    figure = plot_length_bias([10, 100], {"entropy": [1.0, 4.0], "other": [0.5, 0.6]}, bound="entropy")
-    line = figure.axes[0].lines[0]
-    assert np.allclose(line.get_ydata(), np.log(line.get_xdata())) and not figure.axes[1].lines
-    axes = plot_quotas([1, 9, 5], {"uniform": [1, 3, 4]}).axes[0]
-    assert list(axes.lines[0].get_ydata()) == [3, 4, 1]  # the largest stratum first

@@ -220,7 +220,7 @@ def test_more_experts_cost_weights_and_not_activations(trained):
 
 def test_a_picture_of_the_routing_is_saved(trained, batch, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
-    from upcycling.show.routing import plot_layer_loads
+    from upcycling.show import plot_layer_loads
 
     def picture(load_LE, name):
         figure = plot_layer_loads(load_LE, trained.config.moe_layers, vmax=E / K)

@@ -46,11 +46,8 @@ CELLS = [
     """
 import torch, ipywidgets as W
 from dataclasses import replace
-from upcycling.config import PRESETS
-from upcycling.explorer import CompareRouting, TokenExplorer, TrainingPlayback, WhatIf
-from upcycling.model import DecoderLM
-from upcycling.snapshots import RoutingSnapshots
-from upcycling.tokens import train_tokenizer
+from upcycling import PRESETS, CompareRouting, DecoderLM, TokenExplorer, TrainingPlayback, WhatIf, train_tokenizer
+from upcycling.routing.snapshots import RoutingSnapshots
 
 text = "the cat sat on a small mat and saw one old bird sing while rain fell over the quiet house " * 5
 words = text.split()[:20]

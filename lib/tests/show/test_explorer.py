@@ -14,6 +14,7 @@ import nbformat
 import pytest
 import torch
 from PIL import Image
+from seen import Reader
 
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
@@ -24,7 +25,7 @@ from upcycling.routing.snapshots import RoutingSnapshots
 from upcycling.routing.trace import RoutingTrace
 from upcycling.show import explorer, panel, what_if
 from upcycling.show.explorer import CompareRouting, TokenExplorer, TrainingPlayback
-from upcycling.show.style import expert_colour
+from upcycling.show.style import expert_colour, visible
 from upcycling.show.what_if import WhatIf
 from upcycling.text.tokenizer import train_tokenizer
 
@@ -75,12 +76,6 @@ def make_probe():
 
 def routed(model, tokenizer, text=TEXT):
     return routed_text.route_text(model, tokenizer, text)
-
-
-def picture(made):
-    """The bytes of the picture in the panel, and its alternative text."""
-    html = made._picture.value
-    return base64.b64decode(re.search('base64,([^"]+)', html)[1]), re.search('alt="([^"]*)"', html)[1]
 
 
 # ------------------------------------------------------------------------------------------------- render functions
@@ -151,8 +146,9 @@ def test_style_sheet_colours_every_token_and_holds_no_text(model, tokenizer):
     trace, texts = routed(model, tokenizer, "</style><b>x")
     strip = explorer.strip_of(trace, texts, 0)
     style = panel.strip_style(strip, "scope")
+    rules = style.removeprefix("<style>").split("}")
     for i, (colour, note) in enumerate(zip(strip.colours, strip.notes), 1):
-        rule = next(rule for rule in style.split("}") if rule.startswith(f".scope button:nth-child({i})"))
+        rule = next(rule for rule in rules if rule.startswith(f".scope button:nth-child({i})"))
         assert f"background:{colour}" in rule and f'--note:"{note}"' in rule and f"token {i - 1}:" in rule
     assert style.count("<") == 2  # its own tags
 
@@ -170,7 +166,7 @@ def test_style_sheet_colours_every_token_and_holds_no_text(model, tokenizer):
     ],
 )
 def test_visible(text, shown):
-    assert panel.visible(text) == shown
+    assert visible(text) == shown
 
 
 def test_tokens_view_names_what_the_trace_says(model, tokenizer):
@@ -229,28 +225,27 @@ def test_what_if_view_shows_what_changed():
 
 def test_click_slider_and_layer_change_text_and_picture(model, tokenizer):
     made = TokenExplorer(model, tokenizer, TEXT)
-    seen = [picture(made)]
+    seen = [(Reader(made).picture, Reader(made).alternative)]
     made.strips[0].buttons.value = 4  # what a click does
-    assert (
-        made.token.value == 4 and "Token 4 " in made._sentence.value and "nth-child(5)" in made.strips[0].followed.value
-    )
-    seen.append(picture(made))
+    assert made.token.value == 4 and "Token 4 " in Reader(made).sentence
+    assert Reader(made).cards[0].startswith("token 4:")
+    seen.append((Reader(made).picture, Reader(made).alternative))
     made.token.value = 2
-    assert made.strips[0].buttons.value == 2 and "Token 2 " in made._sentence.value
-    seen.append(picture(made))
+    assert made.strips[0].buttons.value == 2 and "Token 2 " in Reader(made).sentence
+    seen.append((Reader(made).picture, Reader(made).alternative))
     assert all(a != b for (a, _), (b, _) in itertools.combinations(seen, 2))
     assert len({alternative for _, alternative in seen}) == 3
-    before = made.strips[0].sheet.value
+    before = Reader(made).sheets[0].value
     made.layer.value = 2
-    assert made.strips[0].sheet.value != before and "layer 2" in made.strips[0].title.value
+    assert Reader(made).sheets[0].value != before and "layer 2" in Reader(made).legends[0]
     made.colour.value = 1
-    assert "probability of expert 1" in made.strips[0].title.value
+    assert "probability of expert 1" in Reader(made).legends[0]
 
 
 def test_a_click_sends_no_style_sheet_again(model, tokenizer):
     made = TokenExplorer(model, tokenizer, TEXT)
     sent = []
-    made.strips[0].sheet.observe(sent.append, "value")
+    Reader(made).sheets[0].observe(sent.append, "value")
     made.strips[0].buttons.observe(sent.append, "options")
     made.token.value = 3
     assert sent == []
@@ -261,30 +256,30 @@ def test_typing_and_choosing_an_example(model, tokenizer):
     assert made.example.label == "one" and made.text.value == TEXT
     made.token.value = 8
     made.example.value = "a cat"
-    assert made.text.value == "a cat" and made.token.max == len(made._texts) - 1
-    assert [label for label, _ in made.strips[0].buttons.options] == [panel.visible(text) for text in made._texts]
+    assert made.text.value == "a cat" and made.token.max == len(Reader(made).tokens) - 1
+    assert Reader(made).tokens == [visible(text) for text in routed(model, tokenizer, "a cat")[1]]
     made.text.value = "a cat sat"
-    assert made.example.value is None and made._texts[-1].endswith("t")
+    assert made.example.value is None and Reader(made).tokens[-1].endswith("t")
     made.example.value = "a cat"
     assert made.text.value == "a cat"
 
 
 def test_text_that_does_not_fit_is_one_sentence_and_the_rest_goes_on(model, tokenizer):
     made = TokenExplorer(model, tokenizer, TEXT, max_tokens=40)
-    shown = made._texts
+    shown = Reader(made).tokens
     for text, said in [
         ("", "there is no text"),
-        ("cat " * 2500, "tokens but the model&#x27;s context is 64"),
+        ("cat " * 2500, "tokens but the model's context is 64"),
         ("xyz" * 18, "this panel shows at most 40"),
         ("a \ud800 b", "surrogate"),
     ]:
         made.text.value = text
-        assert said in made._problem.value and made._problem.value.count("<p") == 1
-        assert made._texts == shown
+        assert said in Reader(made).problem
+        assert Reader(made).tokens == shown
         made.layer.value = 2 if made.layer.value == 0 else 0
-        assert f"layer {made.layer.value}" in made.strips[0].title.value and said in made._problem.value
+        assert f"layer {made.layer.value}" in Reader(made).legends[0] and said in Reader(made).problem
     made.text.value = "a cat"
-    assert made._problem.value == "" and made._texts != shown
+    assert Reader(made).problem == "" and Reader(made).tokens != shown
 
 
 def test_another_tokenizers_ids_are_a_sentence(tokenizer):
@@ -308,7 +303,7 @@ def test_explorer_of_a_recorded_trace(model, tokenizer):
     made = TokenExplorer(trace, tokenizer)
     assert list(made.controls) == ["sequence", "layer", "colour", "token"]
     made.sequence.value = 1
-    assert made._texts == routed_text.token_texts(tokenizer, ids[1])
+    assert Reader(made).tokens == list(map(visible, routed_text.token_texts(tokenizer, ids[1])))
     made.token.value = 2
     assert made.view().strips[0].chosen == trace.expert_ids[0, 4:].tolist()
 
@@ -338,11 +333,12 @@ def test_comparison_of_two_moments_and_what_it_refuses(model, tokenizer, snapsho
 
 def test_playback_moves_through_moments_windows_and_layers(snapshots, tokenizer):
     made = TrainingPlayback(snapshots, tokenizer)
-    first = picture(made)
+    first = Reader(made).picture
     made.moment.value = 20  # in updates
-    assert "After 20 updates" in made._sentence.value and picture(made)[0] != first[0]
+    assert "After 20 updates" in Reader(made).sentence and Reader(made).picture != first
     made.window.value = 3
-    assert made._texts == routed_text.token_texts(tokenizer, snapshots.probe_BT[3].tolist())
+    texts = routed_text.token_texts(tokenizer, snapshots.probe_BT[3].tolist())
+    assert Reader(made).tokens == list(map(visible, texts))
     made.strips[0].buttons.value = 6
     assert made.token.value == 6
     made.layer.value = 2
@@ -363,15 +359,15 @@ def test_what_if_changes_loss_and_text_and_leaves_the_model_alone(tokenizer):
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=8)
-    trained = made._trained.mean()
-    assert made.k.value == 2 and f"as trained {trained:.3f} (+0.000)" in made._sentence.value
-    seen = {made._sentence.value}
+    trained = what_if.measure(model, tokenizer, "the cat", make_probe(), 8).mean()
+    assert made.k.value == 2 and f"as trained {trained:.3f} (+0.000)" in Reader(made).sentence
+    seen = {Reader(made).sentence}
     for control, value in [(made.k, 1), (made.temperature, 4.0), (made.without, "0, 3"), (made.layer, 2)]:
-        old = picture(made)
         control.value = value
-        assert made._sentence.value not in seen and picture(made) != old, control.description
-        seen.add(made._sentence.value)
-    assert "Top-1, temperature 4, without experts 0, 3 in layer 2" in made._sentence.value
+        assert Reader(made).sentence not in seen, control.description
+        assert Reader(made).alternative == Reader(made).sentence, "the picture is of the same view"
+        seen.add(Reader(made).sentence)
+    assert "Top-1, temperature 4, without experts 0, 3 in layer 2" in Reader(made).sentence
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [block.ffn.top_k for block in model.blocks if hasattr(block.ffn, "top_k")] == [2, 2]
     made.window.value = "prose"
@@ -386,25 +382,25 @@ def test_what_if_knock_out_agrees_with_intervene(model, tokenizer):
     made.without.value = "1"
     with intervene(model, remove=[1]):
         expected = torch.cat([token_losses(model, *windows).flatten() for windows in probe.values()]).mean()
-    assert f"{float(expected):.3f} nats per token, as trained" in made._sentence.value
-    assert f"{made._trained.mean():.3f}" != f"{float(expected):.3f}"
+    assert f"{float(expected):.3f} nats per token, as trained" in Reader(made).sentence
+    assert f"as trained {float(expected):.3f}" not in Reader(made).sentence
 
 
 def test_impossible_choice_and_text_are_sentences(model, tokenizer):
     made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=8)
     made.without.value = "0-2"
-    assert "only 1 would remain" in made._problem.value
+    assert "only 1 would remain" in Reader(made).problem
     made.k.value = 1
-    assert made._problem.value == ""
+    assert Reader(made).problem == ""
     for wrong in ("4", "2-1", "x", "-1", "0-9999999999"):
         made.without.value = wrong
-        assert "names no expert; write numbers from 0 to 3" in made._problem.value
+        assert "names no expert; write numbers from 0 to 3" in Reader(made).problem
     made.without.value = ""
-    assert made._problem.value == ""
+    assert Reader(made).problem == ""
     made.text.value = "the cat " * 30
-    assert "8 new ones are wanted" in made._problem.value
+    assert "8 new ones are wanted" in Reader(made).problem
     made.text.value = "a"
-    assert made._problem.value == "" and "a" in made._prompt
+    assert Reader(made).problem == "" and "<b>as trained</b>: a<" in Reader(made).markup
 
 
 def test_changes_from_two_threads_both_count(model, tokenizer):
@@ -425,7 +421,7 @@ def test_changes_from_two_threads_both_count(model, tokenizer):
     second.start()
     go_on.set()
     first.join(30), second.join(30)
-    assert "Top-1" in made._sentence.value and made._prompt == "a mat" and "a mat" in made._words.value
+    assert "Top-1" in Reader(made).sentence and "<b>now</b>: a mat<" in Reader(made).markup
 
 
 def test_the_users_model_is_never_changed_not_even_meanwhile(tokenizer, monkeypatch):
@@ -442,12 +438,12 @@ def test_the_users_model_is_never_changed_not_even_meanwhile(tokenizer, monkeypa
     made.without.value = "0"
     assert len(seen) >= 3 and set(seen) == {(True, 2, 0)}
     with torch.no_grad():
-        before = made._sentence.value
+        before = Reader(made).sentence
         for parameter in model.parameters():  # the weights are shared: training goes on in the panel, too
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     made.without.value = "1"
     made.without.value = "0"
-    assert made._sentence.value != before
+    assert Reader(made).sentence != before
 
 
 def test_windows_of_different_lengths_make_a_probe(model, tokenizer):
@@ -460,27 +456,34 @@ def test_windows_of_different_lengths_make_a_probe(model, tokenizer):
         torch.testing.assert_close(outcome.losses[name], token_losses(model, *windows), rtol=1e-4, atol=1e-4)
 
 
+def struck_out(made):
+    """The selector of the buttons that are crossed out."""
+    return re.search(r"([^}>]*)\{[^}]*line-through", Reader(made).markup)[1]
+
+
 def test_clicks_take_experts_out_and_put_them_back(model, tokenizer):
     made = WhatIf(model, tokenizer, "the cat", make_probe(), new_tokens=2)
     for click, written in [(3, "3"), (1, "1, 3"), (3, "1"), (1, "")]:
-        made._experts.value = click
-        assert made.without.value == written and made._experts.value is None
-        assert made._sentence.value.count("without") == bool(written)
-        struck = [f":nth-child({e + 1})" in made._removed_style.value for e in range(4)]
-        assert struck == [str(e) in written for e in range(4)]
+        experts = Reader(made).buttons("upcycling-experts")
+        experts.value = click
+        assert made.without.value == written and experts.value is None
+        assert Reader(made).sentence.count("without") == bool(written)
+        assert re.findall(r"nth-child\((\d+)\)", struck_out(made)) == [
+            str(int(e) + 1) for e in written.split(", ") if e
+        ]
 
 
 def test_layer_without_experts_is_a_sentence(model, tokenizer):
     made = TokenExplorer(model, tokenizer, TEXT)
     made.layer.value = 1
-    assert "layer 1 has no experts; those with experts are 0, 2" in made._problem.value
+    assert "layer 1 has no experts; those with experts are 0, 2" in Reader(made).problem
     made.layer.value = 2
-    assert made._problem.value == "" and "layer 2" in made.strips[0].title.value
+    assert Reader(made).problem == "" and "layer 2" in Reader(made).legends[0]
 
 
 def test_text_alone_can_be_the_probe(model, tokenizer):
     made = WhatIf(model, tokenizer, TEXT, new_tokens=2)
-    assert list(made._probe) == ["the first text"]
+    assert list(made.window.options) == ["the first text"]
     with pytest.raises(ValueError, match="no text"):
         WhatIf(model, tokenizer)
 
@@ -513,10 +516,7 @@ def test_hostile_text_is_shown_as_text(model, tokenizer, snapshots, text):
     for each in made:
         if "token" in each.controls:
             each.token.value = min(5, each.token.max)
-        parts = [each._problem, each._sentence, each._words, each._picture]
-        parts += [widget for strip in each.strips for widget in (strip.title, strip.sheet, strip.followed)]
-        for part in parts:
-            Harmless().feed(part.value)
+        Harmless().feed(Reader(each).markup)
         assert each.still().data.startswith(b"\x89PNG")
 
 
@@ -535,7 +535,7 @@ def test_still_twin_is_the_view_and_the_bundles_picture(model, tokenizer, snapsh
         assert bundle["text/plain"] == f"{type(each).__name__}({', '.join(each.controls)})"
         assert "0x" not in bundle["text/plain"]
         assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == each.box.model_id
-        live = Image.open(io.BytesIO(picture(each)[0]))
+        live = Image.open(io.BytesIO(Reader(each).picture))
         assert Image.open(io.BytesIO(still.data)).height > live.height
         if "token" in each.controls:
             each.token.value = 3
@@ -549,7 +549,7 @@ def test_every_control_has_a_label(model, tokenizer, snapshots):
         WhatIf(model, tokenizer, TEXT),
     ):
         assert all(control.description for control in made.controls.values())
-        assert 'role="status"' in made._sentence.value and picture(made)[1]
+        assert Reader(made).sentence == Reader(made).alternative != ""
 
 
 # ------------------------------------------------------------------------------------------------------ Hugging Face
@@ -566,13 +566,13 @@ def test_transformers_model_and_tokenizer():
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
     made = TokenExplorer(model, tokenizer, TEXT)
-    assert "".join(made._texts) == TEXT
+    assert "".join(Reader(made).tokens).replace("␣", " ") == TEXT
     made.strips[0].buttons.value = 3
-    assert "Token 3 " in made._sentence.value
+    assert "Token 3 " in Reader(made).sentence
     panel_of = WhatIf(model, tokenizer, TEXT, new_tokens=3)
-    before = panel_of._sentence.value
+    before = Reader(panel_of).sentence
     panel_of.k.value = 1
-    assert "Top-1" in panel_of._sentence.value and panel_of._sentence.value != before and not panel_of._problem.value
+    assert "Top-1" in Reader(panel_of).sentence and Reader(panel_of).sentence != before and not Reader(panel_of).problem
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="shared/data is not there")
@@ -595,14 +595,15 @@ def test_panels_in_a_kernel_pass_strict_nbval(tmp_path):
     """Executed once, compared by nbval with a second execution; the cells themselves assert on what controls do."""
     from nbclient import NotebookClient
 
-    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    folder = Path(__file__).parent
+    here = f"import sys; sys.path[:0] = {[str(folder), str(folder.parent)]!r}\n"
     cells = [
         here + "from test_explorer import *\n"
         "tokenizer = train_tokenizer([TEXT, 'once upon a time a cat saw a mat'] * 20, 275)\n"
         "snapshots = RoutingSnapshots(torch.arange(3, 203).view(4, 50), labels=['code', 'code', 'prose', 'prose'])\n"
         "for step in (0, 10): snapshots(step, make_model(step))",
         "made = TokenExplorer(make_model(), tokenizer, TEXT)\nmade",
-        "made.token.value = 3\nassert 'Token 3 ' in made._sentence.value\nmade.still()",
+        "made.token.value = 3\nassert 'Token 3 ' in Reader(made).sentence\nmade.still()",
         "TrainingPlayback(snapshots, tokenizer)",
         "WhatIf(make_model(), tokenizer, TEXT, new_tokens=2)",
         "CompareRouting(make_model(), make_model(1), tokenizer, TEXT)",

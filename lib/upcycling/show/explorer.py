@@ -11,38 +11,38 @@ Shapes: N tokens, L MoE layers, E experts, K experts per token, B windows, T tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ipywidgets as W
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..routing.metrics import domain_specialization, router_saturation
+from ..routing.snapshots import RoutingSnapshots
 from ..routing.trace import RoutingTrace
 from ..routing.typed_text import route_text, token_texts, twin
-from .panel import Panel, Strip, View, follow_example, text_inputs, visible, wide
-from .routing import plot_expert_matrix
-from .style import expert_colour
-
-# ------------------------------------------------------------------------------- tokens and their way through layers
+from .experts import plot_expert_matrix, share_map
+from .panel import Panel, Strip, View, text_inputs, wide
+from .style import MEASURE, expert_colour, visible
 
 
-def strip_of(trace, texts: Sequence[str], layer: int, expert: int | None = None, title: str = "") -> Strip:
+def strip_of(
+    trace: RoutingTrace, texts: Sequence[str], layer: int, expert: int | None = None, title: str = ""
+) -> Strip:
     """The tokens coloured by the expert that each prefers in `layer`, or by the probability of one `expert`."""
     probabilities_NE = trace.probabilities[_at(trace, layer)].tolist()
     chosen_NK = _best_first(trace)[_at(trace, layer)].tolist()
     if expert is None:
-        colours = [expert_colour(experts[0]) for experts in chosen_NK]
         notes = [str(experts[0]) for experts in chosen_NK]
+        colours = [expert_colour(experts[0]) for experts in chosen_NK]
         legend = f"colour and number: the expert that weighs most in layer {layer}"
     else:
-        import matplotlib
-        from matplotlib.colors import to_hex
-
-        shares = [row[expert] for row in probabilities_NE]
-        colours = [to_hex(colour) for colour in matplotlib.colormaps["magma_r"](shares)]
-        notes = [f"{100 * share:.0f}" for share in shares]
+        notes = [f"{100 * row[expert]:.0f}" for row in probabilities_NE]
+        colours = [to_hex(matplotlib.colormaps[MEASURE](row[expert])) for row in probabilities_NE]
         legend = f"colour and number: probability of expert {expert} in layer {layer}, in %"
     return Strip(title, legend, texts, colours, notes, probabilities_NE, chosen_NK)
 
@@ -59,13 +59,9 @@ def _best_first(trace: RoutingTrace) -> Tensor:
 
 
 def render_tokens(
-    traces: Sequence[RoutingTrace],
-    texts: Sequence[str],
-    layer: int,
-    token: int,
-    expert: int | None = None,
+    traces: Sequence[RoutingTrace], texts: Sequence[str], layer: int, token: int, expert: int | None = None,
     names: Sequence[str] = ("",),
-) -> View:
+) -> View:  # fmt: skip
     """The view of `TokenExplorer` and `CompareRouting`: a strip for each trace, one token's way through all layers."""
     strips = [strip_of(trace, texts, layer, expert, name) for trace, name in zip(traces, names)]
     ways = [_way(trace, token) for trace in traces]
@@ -88,56 +84,45 @@ def _way(trace: RoutingTrace, token: int) -> str:
     return "; ".join(parts[:8]) + ("; …" if len(parts) > 8 else "")
 
 
-def way_figure(traces: Sequence[RoutingTrace], token: int, text: str, names: Sequence[str] = ("",)):
+def way_figure(traces: Sequence[RoutingTrace], token: int, text: str, names: Sequence[str] = ("",)) -> Figure:
     """One token's probabilities of all experts, a row for each layer (and trace); the chosen experts are framed."""
-    experts = max(trace.num_experts for trace in traces)
-    rows, labels, framed = [], [], []
-    for i in range(max(len(trace.layers) for trace in traces)):
-        for trace, name in zip(traces, names):
-            if i < len(trace.layers):
-                row_E = np.full(experts, np.nan)
-                row_E[: trace.num_experts] = trace.probabilities[i, token]
-                chosen_E = np.isin(np.arange(experts), trace.expert_ids[i, token])
-                rows.append(row_E)
-                framed.append(np.where(chosen_E, -1.0, 2.0))  # below and above every probability
-                labels.append(f"{name} layer {trace.layers[i]}".strip())
+    places = [
+        (trace, i, name)
+        for i in range(max(len(trace.layers) for trace in traces))
+        for trace, name in zip(traces, names)
+        if i < len(trace.layers)
+    ]
+    share_RE = np.full((len(places), max(trace.num_experts for trace in traces)), np.nan)
+    chosen_RE = np.zeros(share_RE.shape, dtype=bool)
+    for row, (trace, i, _) in enumerate(places):
+        share_RE[row, : trace.num_experts] = trace.probabilities[i, token]
+        chosen_RE[row, trace.expert_ids[i, token]] = True
     top = max(float(trace.probabilities.max()) for trace in traces)  # the same for every token: colours can be compared
-    figure = plot_expert_matrix(
-        np.stack(rows), labels, null=np.stack(framed), spread=0.0, kind="", vmax=top, quantity="router's probability",
-        title=f"token {token} “{text}” on its way through the layers",
-    )  # fmt: skip
-    figure.axes[0].set_xlabel("expert (framed: chosen)")
-    return figure
+    rows = [f"{name} layer {trace.layers[i]}".strip() for trace, i, name in places]
+    title = f"token {token} “{text}” on its way through the layers"
+    labels = ("expert (framed: chosen)", "")
+    return share_map(share_RE, rows, "router's probability", top, labels, framed_RE=chosen_RE, title=title)
 
 
 class _TokenPanel(Panel):
     """Strips of one text, routed by one or two models, or recorded; a layer, and a token that is followed."""
 
-    def __init__(self, sources, names, tokenizer, text, examples, max_tokens):
+    def __init__(
+        self, sources: Sequence, names: Sequence[str], tokenizer, text: str, examples: Mapping | None, max_tokens: int
+    ):
         self._names, self._tokenizer, self._max_tokens = names, tokenizer, max_tokens
         self._sources = [source if isinstance(source, RoutingTrace) else twin(source) for source in sources]
         self._recorded, self._shown = isinstance(sources[0], RoutingTrace), None
         if self._recorded:
-            sequences = sorted(set(sources[0].sequence.tolist()))
-            inputs = {"sequence": W.Dropdown(description="sequence", options=sequences)}
+            inputs = {"sequence": W.Dropdown(options=sorted(set(sources[0].sequence.tolist())))}
         else:
             inputs = text_inputs(text, examples)
-        super().__init__(
-            strips=len(sources),
-            **inputs,
-            layer=_layer_input(),
-            colour=W.Dropdown(description="colour", layout=wide(290)),
-            token=W.IntSlider(description="token", layout=wide(420)),
-        )
-        self._start(inputs.values(), [self.layer, self.colour, self.token])
+        controls = dict(layer=_number(), colour=W.Dropdown(layout=wide(290)), token=W.IntSlider(layout=wide(420)))
+        super().__init__(strips=len(sources), **inputs, **controls)
+        self._start(inputs.values(), controls.values())
 
     def _follow(self, change) -> None:
-        owner = change and change["owner"]
-        for strip in self.strips:
-            if owner is strip.buttons:
-                self.token.value = change["new"]
-        if not self._recorded:
-            follow_example(self, owner)
+        super()._follow(change)
         wanted = self.sequence.value if self._recorded else self.text.value
         if wanted == self._shown:
             return
@@ -146,43 +131,35 @@ class _TokenPanel(Panel):
         if not layers:
             raise ValueError("the two have no MoE layer in common")
         if self._shown is None:
-            experts = min(trace.num_experts for trace in traces)
-            _set_range(self.layer, layers)
-            self.colour.options = [("the preferred expert", None)] + [
-                (f"probability of expert {expert}", expert) for expert in range(experts)
-            ]
+            _number(layers, self.layer)
+            one_by_one = range(min(trace.num_experts for trace in traces))
+            probabilities = [(f"probability of expert {expert}", expert) for expert in one_by_one]
+            self.colour.options = [("the preferred expert", None), *probabilities]
             self.colour.index = 0
         self._traces, self._shown = traces, wanted
         self.token.max = len(self._texts) - 1
 
     def _read(self) -> tuple[list[RoutingTrace], list[str]]:
-        if self._recorded:
-            traces = [source.select(source.sequence == self.sequence.value) for source in self._sources]
-            if len(traces) == 2 and not torch.equal(traces[0].tokens, traces[1].tokens):
-                raise ValueError("the two traces are not of the same text; record both on the same tokens")
-            if len(traces[0]) > self._max_tokens:
-                traces = [trace.select(torch.arange(self._max_tokens)) for trace in traces]
-            return traces, token_texts(self._tokenizer, traces[0].tokens.tolist())
-        routed = [route_text(model, self._tokenizer, self.text.value, self._max_tokens) for model in self._sources]
-        return [trace for trace, _ in routed], routed[0][1]
+        if not self._recorded:
+            routed = [route_text(model, self._tokenizer, self.text.value, self._max_tokens) for model in self._sources]
+            return [trace for trace, _ in routed], routed[0][1]
+        traces = [source.select(source.sequence == self.sequence.value) for source in self._sources]
+        if not torch.equal(traces[0].tokens, traces[-1].tokens):
+            raise ValueError("the two traces are not of the same text; record both on the same tokens")
+        if len(traces[0]) > self._max_tokens:
+            traces = [trace.select(torch.arange(self._max_tokens)) for trace in traces]
+        return traces, token_texts(self._tokenizer, traces[0].tokens.tolist())
 
     def view(self) -> View:
-        return render_tokens(
-            self._traces, self._texts, self.layer.value, self.token.value, self.colour.value, self._names
-        )
+        shown = (self.layer.value, self.token.value, self.colour.value)
+        return render_tokens(self._traces, self._texts, *shown, self._names)
 
 
-def _layer_input(layers: Sequence[int] = (0,)) -> W.BoundedIntText:
-    """A number, not a list to choose from: JupyterLab takes the arrow keys away from lists."""
-    number = W.BoundedIntText(description="layer", layout=wide(120))
-    _set_range(number, layers)
+def _number(layers: Sequence[int] = (0,), number: W.BoundedIntText | None = None) -> W.BoundedIntText:
+    """A number among `layers`, not a list to choose from: JupyterLab takes the arrow keys away from lists."""
+    number = number or W.BoundedIntText(description="layer", layout=wide(120))
+    number.max, number.value, number.min = max(layers), min(layers), min(layers)
     return number
-
-
-def _set_range(number: W.BoundedIntText, layers: Sequence[int]) -> None:
-    number.max = max(layers)
-    number.value = min(layers)
-    number.min = min(layers)
 
 
 class TokenExplorer(_TokenPanel):
@@ -209,10 +186,10 @@ class CompareRouting(_TokenPanel):
         super().__init__([a, b], list(names), tokenizer, text, examples, max_tokens)
 
 
-# ------------------------------------------------------------------------------------------------------ over training
-
-
-def render_playback(snapshots, labels: Sequence[str], texts, moment: int, layer: int, window: int, token: int) -> View:
+def render_playback(
+    snapshots: RoutingSnapshots, labels: Sequence[str], texts: Sequence[str], moment: int, layer: int, window: int,
+    token: int,
+) -> View:  # fmt: skip
     """The view of `TrainingPlayback`: snapshot number `moment`; one window's tokens, and every label's experts.
 
     `labels` name the windows, `texts` are those of the window's tokens.
@@ -222,13 +199,8 @@ def render_playback(snapshots, labels: Sequence[str], texts, moment: int, layer:
     domains = list(dict.fromkeys(labels))
     labels_N = torch.tensor([domains.index(label) for label in labels])[snapshots.sequence]
     share_SCE = domain_specialization(snapshots.expert_ids[:, at], labels_N, trace.num_experts, len(domains))
-    figure = plot_expert_matrix(
-        share_SCE[moment],
-        domains,
-        null=even,
-        vmax=float(share_SCE.max()),
-        title=f"layer {layer} after {step:,} updates",
-    )
+    title = f"layer {layer} after {step:,} updates"
+    figure = plot_expert_matrix(share_SCE[moment], domains, null=even, vmax=float(share_SCE.max()), title=title)
     saturation = float(router_saturation(trace.expert_ids[at], snapshots.expert_ids[-1, at]))
     shown = trace.select(snapshots.sequence == window)
     said = (
@@ -236,9 +208,6 @@ def render_playback(snapshots, labels: Sequence[str], texts, moment: int, layer:
         f"{100 * even:.0f} %). Token {token} “{visible(texts[token])}” goes to {_way(shown, token)}."
     )
     return View(said, figure, [strip_of(shown, texts, layer)], token)
-
-
-_PLAY = ("play or pause", "back to the start", "repeat")
 
 
 class TrainingPlayback(Panel):
@@ -249,7 +218,7 @@ class TrainingPlayback(Panel):
     labels that is not that of the windows.
     """
 
-    def __init__(self, snapshots, tokenizer, labels: Sequence[str] | None = None):
+    def __init__(self, snapshots: RoutingSnapshots, tokenizer, labels: Sequence[str] | None = None):
         if len(snapshots) == 0:
             raise ValueError("there are no snapshots yet; pass this RoutingSnapshots to train(callbacks=[...]) first")
         windows, length = snapshots.probe_BT.shape
@@ -257,38 +226,24 @@ class TrainingPlayback(Panel):
         if len(self._labels) != windows:
             raise ValueError(f"{len(self._labels)} labels for {windows} windows; give one a window")
         self._snapshots, self._tokenizer = snapshots, tokenizer
+        steps = [(f"{step:,}", step) for step in snapshots.steps.tolist()]
+        names = [(f"{i}: {name}", i) for i, name in enumerate(self._labels)]
         super().__init__(
             strips=1,
-            moment=W.SelectionSlider(
-                description="updates",
-                options=[(f"{step:,}", step) for step in snapshots.steps.tolist()],
-                layout=wide(520),
-            ),
-            layer=_layer_input(snapshots.layers),
-            window=W.Dropdown(
-                description="window", options=[(f"{i}: {x}", i) for i, x in enumerate(self._labels)], layout=wide(290)
-            ),
-            token=W.IntSlider(description="token", max=length - 1, layout=wide(420)),
+            moment=W.SelectionSlider(description="updates", options=steps, layout=wide(520)),
+            layer=_number(snapshots.layers),
+            window=W.Dropdown(options=names, layout=wide(290)),
+            token=W.IntSlider(max=length - 1, layout=wide(420)),
         )
-        play = W.Play(max=len(snapshots) - 1, interval=500)
+        play = W.Play(max=len(snapshots) - 1, interval=500).add_class("upcycling-play")
         W.jslink((play, "value"), (self.moment, "index"))
-        # the buttons have no names of their own, but what a style sheet writes into them is read out
-        play.add_class("upcycling-play")
-        rules = (
-            f".upcycling-play button:nth-child({i})::after{{content:'\\200b'/'{x}'}}" for i, x in enumerate(_PLAY, 1)
-        )
-        self._start(
-            [play, W.HTML(f"<style>{''.join(rules)}</style>"), self.moment], [self.layer, self.window, self.token]
-        )
+        self._start([play, self.moment], [self.layer, self.window, self.token])
 
     def _follow(self, change) -> None:
+        super()._follow(change)
         if change is None or change["owner"] is self.window:
             self._texts = token_texts(self._tokenizer, self._snapshots.probe_BT[self.window.value].tolist())
-        elif change["owner"] is self.strips[0].buttons:
-            self.token.value = change["new"]
 
     def view(self) -> View:
-        return render_playback(
-            self._snapshots, self._labels, self._texts,
-            self.moment.index, self.layer.value, self.window.value, self.token.value,
-        )  # fmt: skip
+        shown = (self.moment.index, self.layer.value, self.window.value, self.token.value)
+        return render_playback(self._snapshots, self._labels, self._texts, *shown)

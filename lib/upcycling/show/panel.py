@@ -2,6 +2,7 @@
 
 A panel is a function from the controls' values to a `View`; everything else (widgets, the still picture, problems with
 what was typed) is here. The browser shows the view's strips as real buttons: they can be clicked, focused and read out.
+How they look is in `assets/panels.css`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ import textwrap
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
-from .style import expert_colour, ink, png, printable, strip_figure, visible_character
+from .strips import strip_figure
+from .style import MONO, expert_colour, ink, png, printable, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,8 @@ class Strip:
     probabilities: Sequence[Sequence[float]]  # tokens x experts
     chosen: Sequence[Sequence[int]]
 
-    def figure(self, followed: int):
-        return strip_figure(self.texts, self.colours, self.notes, self.legend, followed, 100, 400, self.title)
+    def figure(self, followed: int) -> Figure:
+        return strip_figure(self.texts, self.colours, self.notes, self.legend, followed, title=self.title)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class View:
     """What a panel shows for one setting of its controls."""
 
     sentence: str  # what there is to see; also the picture's alternative text
-    figure: object  # matplotlib's
+    figure: Figure
     strips: Sequence[Strip] = ()
     followed: int = 0  # the token that is framed in each strip
     words: str = ""  # HTML, escaped by who made it
@@ -68,9 +76,11 @@ class Panel:
         self.controls = controls
         for name, control in controls.items():
             setattr(self, name, control)
+            control.description = control.description or name
             control.style.description_width = "initial"
         self.strips = [_StripWidget() for _ in range(strips)]
         self._problem, self._sentence, self._words, self._picture = (W.HTML() for _ in range(4))
+        self._words.add_class("upcycling-words")
         self._updating, self._lock = False, threading.RLock()
 
     def _start(self, *rows: Sequence[W.Widget]) -> None:
@@ -82,14 +92,24 @@ class Panel:
         lines = [W.HBox(list(row), layout=W.Layout(flex_flow="row wrap", align_items="center")) for row in rows]
         parts = [self._problem, *(strip.box for strip in self.strips), self._sentence, self._words, self._picture]
         # without a width of its own a box is as wide as its content, and nothing would wrap
-        self.box = W.VBox(lines + parts, layout=W.Layout(width="100%"))
+        self.box = W.VBox([*lines, W.HTML(f"<style>{_rules()}</style>"), *parts], layout=W.Layout(width="100%"))
 
     def view(self) -> View:
         """What the controls ask for now."""
         raise NotImplementedError
 
     def _follow(self, change) -> None:
-        """Bring the controls in line with what changed (None: at the start)."""
+        """Bring the controls in line with what changed (None: at the start).
+
+        A click follows its token; choosing an example types it, and typing something else chooses none.
+        """
+        owner, example = change and change["owner"], self.controls.get("example")
+        if any(owner is strip.buttons for strip in self.strips):
+            self.token.value = change["new"]
+        if example and owner is example and example.value is not None:
+            self.text.value = example.value
+        elif example and owner is self.text and self.text.value != example.value:
+            example.value = None
 
     def _update(self, change) -> None:
         # JupyterLab lets a kernel handle what widgets send in another thread, beside a running cell or another change
@@ -120,7 +140,7 @@ class Panel:
             f'<img alt="{said}" decoding="sync" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
         )
 
-    def still(self):
+    def still(self) -> Any:
         """The view as a picture without widgets (IPython's Image; its `data` are the PNG's bytes)."""
         from IPython.display import Image
 
@@ -131,7 +151,7 @@ class Panel:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.controls)})"
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         if hasattr(self.box, "_repr_mimebundle_"):  # ipywidgets 8
             live = self.box._repr_mimebundle_()
         else:  # 7, as in Colab
@@ -147,22 +167,22 @@ def wide(pixels: int) -> W.Layout:
 
 
 def text_inputs(text: str, examples: Mapping[str, str] | None) -> dict[str, W.Widget]:
+    """The controls `text` and, where there are examples, `example`, the first of which is typed in place of no text."""
     examples = dict(examples or {})
     if not text and examples:
         text = next(iter(examples.values()))
     chosen = next((name for name, example in examples.items() if example == text), None)
-    inputs = {"example": W.Dropdown(description="example", options=examples, label=chosen)} if examples else {}
-    return inputs | {"text": W.Textarea(text, description="text", layout=W.Layout(width="520px", height="56px"))}
+    inputs = {"example": W.Dropdown(options=examples, label=chosen)} if examples else {}
+    return inputs | {"text": W.Textarea(text, layout=W.Layout(width="520px", height="56px"))}
 
 
-def follow_example(panel, owner) -> None:
-    """Choosing an example types it; typing something else chooses none."""
-    if "example" not in panel.controls:
-        return
-    if owner is panel.example and panel.example.value is not None:
-        panel.text.value = panel.example.value
-    elif owner is panel.text and panel.text.value != panel.example.value:
-        panel.example.value = None
+def toggle_buttons(options: Sequence, *classes: str) -> W.ToggleButtons:
+    """Buttons as wide as their labels, below the CSS `classes`."""
+    buttons = W.ToggleButtons(options=options, layout=W.Layout(width="auto"))
+    buttons.style.button_width = "auto"
+    for name in classes:
+        buttons.add_class(name)
+    return buttons
 
 
 class _StripWidget:
@@ -174,11 +194,10 @@ class _StripWidget:
 
     def __init__(self):
         self.title, self.sheet, self.followed = W.HTML(), W.HTML(), W.HTML()
-        self.buttons = W.ToggleButtons(options=[], layout=W.Layout(width="auto"))
-        self.buttons.style.button_width = "auto"
+        self.buttons = toggle_buttons([])
         self.box = W.VBox([self.title, self.buttons, self.followed, self.sheet], layout=W.Layout(width="100%"))
         self.scope = f"strip-{self.box.model_id}"
-        self.box.add_class(self.scope)
+        self.box.add_class("upcycling-strip").add_class(self.scope)
 
     def show(self, strip: Strip, followed: int) -> None:
         options = [(visible(text), i) for i, text in enumerate(strip.texts)]
@@ -195,17 +214,21 @@ class _StripWidget:
         self.followed.value = f'<style>{frame}</style><pre class="card" style="background-size:{sizes}">{card}</pre>'
 
 
+@lru_cache(maxsize=1)
+def _rules() -> str:
+    return files(__package__).joinpath("assets", "panels.css").read_text(encoding="utf-8")
+
+
 def strip_style(strip: Strip, scope: str) -> str:
     """The style sheet that colours the buttons below class `scope`, writes their notes and holds their cards.
 
     No text of a token is in it, and no :has(), which is slow: a card is generated content of its button.
     """
-    rules = [_STRIP_RULES.replace("SCOPE", scope)]
+    rules = []
     for i, (colour, note, probabilities) in enumerate(zip(strip.colours, strip.notes, strip.probabilities)):
         card = card_text(strip, i).replace("\n", "\\a ")
         rules.append(
             f".{scope} button:nth-child({i + 1}){{background:{colour};color:{ink(colour)};"
-            # after the slash: how it is read out, by browsers that know of it
             f'--note:"{note}";--read:", {note}";--card:"{card}";--sizes:{card_sizes(probabilities)}}}'
         )
     experts = range(len(strip.probabilities[0]))
@@ -214,25 +237,6 @@ def strip_style(strip: Strip, scope: str) -> str:
     card = f".{scope} .card,.{scope} button:hover::before,.{scope} button:focus-visible::before"
     rules.append(f"{card}{{background-image:{colours};background-position:{places}}}")
     return f"<style>{''.join(rules)}</style>"
-
-
-_STRIP_RULES = (
-    ".SCOPE .widget-toggle-buttons{position:relative;height:auto}"
-    ".SCOPE .widget-toggle-buttons>div{display:flex;flex-wrap:wrap}"
-    ".SCOPE button.widget-toggle-button{width:auto;min-width:1.2em;height:auto;line-height:1.35;padding:1px 3px;"
-    "margin:2px;white-space:pre;font-family:var(--jp-code-font-family,monospace);font-size:12px;border-radius:3px;"
-    "box-shadow:none;overflow:visible;unicode-bidi:isolate}"
-    ".SCOPE button::after{content:var(--note);content:var(--note)/var(--read);font-size:8.5px;margin-left:3px;"
-    "vertical-align:sub;opacity:.85}"
-    ".SCOPE button:focus-visible{outline:2px dashed var(--jp-ui-font-color0,#000);outline-offset:3px}"
-    ".SCOPE .card,.SCOPE button:hover::before,.SCOPE button:focus-visible::before{display:block;box-sizing:border-box;"
-    "margin:0;padding:4px 2px 16px;font:11px/14px var(--jp-code-font-family,monospace);white-space:pre;text-align:left;"
-    "color:var(--jp-ui-font-color1,#000);background-color:var(--jp-layout-color1,#fff);background-repeat:no-repeat;"
-    "background-origin:content-box}"
-    ".SCOPE button:hover::before,.SCOPE button:focus-visible::before{content:var(--card);content:var(--card)/'';"
-    "background-size:var(--sizes);position:absolute;z-index:9;left:0;top:100%;min-width:100%;pointer-events:none}"
-    ".SCOPE button:hover::before{z-index:10}"
-)
 
 
 def card_text(strip: Strip, token: int) -> str:
@@ -252,19 +256,13 @@ def card_sizes(probabilities: Sequence[float]) -> str:
     return ",".join(f"{4 * p:.2f}ch 8px" for p in probabilities)
 
 
-def visible(text: str) -> str:
-    r"""`text` so that a browser shows all of it: line breaks as ↵, invisible characters as \u{0}, spaces alone as ␣."""
-    shown = "".join(map(visible_character, text))
-    return shown if shown.strip() else "␣" * len(shown)
-
-
-def _text_figure(lines: Sequence[str]):
+def _text_figure(lines: Sequence[str]) -> Figure:
     """Lines of plain text, wrapped, as a figure."""
     from matplotlib.figure import Figure
 
     wrapped = [part for line in lines for part in textwrap.wrap(printable(line, 2000), 110)]
     figure = Figure(figsize=(9, 0.1 + 0.18 * len(wrapped)))
-    figure.text(0.01, 0.5, "\n".join(wrapped), fontsize=9, va="center", family="DejaVu Sans Mono", parse_math=False)
+    figure.text(0.01, 0.5, "\n".join(wrapped), fontsize=9, va="center", family=MONO, parse_math=False)
     return figure
 
 

@@ -1,20 +1,38 @@
-"""What the figures of the routing are drawn with: experts' colours, text that any font can show, strips of tokens.
+"""What all figures share: colours, text that any font can show, strings as one artist, axes, and the bytes of a PNG.
 
-Panels redraw a figure at every move of a slider, so the layout is computed, not solved for, and short strings are one
-artist: matplotlib's texts take half a millisecond each.
+The palette is Okabe and Ito's, made for colour-blind readers; lines differ in dash as well as colour, so that they can
+be told apart in print. Panels redraw a figure at every move of a slider, so their layout is computed, not solved for,
+and short strings are one artist: matplotlib's texts take half a millisecond each.
 """
 
 from __future__ import annotations
 
 import io
 import unicodedata
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection, PathCollection
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
+from matplotlib.path import Path
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import ScaledTranslation
 
-# Okabe and Ito's hues, grey for black; experts 8-15 have them lighter, 16-23 darker, then they repeat
-_HUES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#8C8C8C")
-_MONO, _ADVANCE = "DejaVu Sans Mono", 0.602  # comes with matplotlib; width of its characters / size
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+# experts have the palette's hues and two more; 8-15 have them lighter, 16-23 darker, then they repeat
+_HUES = (*(COLOURS[i] for i in (0, 4, 2, 3, 5, 1)), "#F0E442", "#8C8C8C")
+MEASURE, DIFFERENCE = (
+    "magma_r",
+    "RdBu_r",
+)  # both perceptually uniform; 0 is paper-white, and in the middle of the second
+MONO, ADVANCE = "DejaVu Sans Mono", 0.602  # comes with matplotlib; width of its characters / size
 
 
 def expert_colour(expert: int) -> str:
@@ -24,7 +42,7 @@ def expert_colour(expert: int) -> str:
     return "#" + "".join(f"{int(int(hue[i : i + 2], 16) * tint[0] + tint[1]):02x}" for i in (1, 3, 5))
 
 
-def ink(colour) -> str:
+def ink(colour: str | Sequence[float]) -> str:
     """The one of "black" and "white" that can be read on `colour` (#rrggbb, or red, green and blue in 0..1)."""
     rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] if isinstance(colour, str) else colour[:3]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb)
@@ -32,36 +50,24 @@ def ink(colour) -> str:
     return "black" if luminance > 0.179 else "white"
 
 
-def printable(text: str, limit: int = 24) -> str:
-    r"""`text` for a figure, cut at `limit`: line breaks and tabs as ↵ and ⇥, what the font cannot show as \u{1F600}.
+def scale_end(values: np.ndarray) -> float:
+    """The largest finite value, or 1 where there is none above 0: the end of a colour scale."""
+    return float(max(values[np.isfinite(values)], default=0)) or 1.0
 
-    Text without anything to see is shown as ␣ for each blank, or ∅.
-    """
+
+def visible(text: str) -> str:
+    r"""`text` so that a browser shows all of it: line breaks as ↵, invisible characters as \u{0}, spaces alone as ␣."""
+    shown = "".join(map(_visible_character, text))
+    return shown if shown.strip() else "␣" * len(shown)
+
+
+def printable(text: str, limit: int = 24) -> str:
+    r"""`visible` text for a figure, cut at `limit`; what the font cannot show is \u{1F600}, no text at all is ∅."""
     text = str(text)
-    shown = "".join(_shown(character) for character in text[:limit])
+    shown = "".join(map(_printable_character, text[:limit]))
     if len(text) > limit or len(shown) > limit:
         shown = shown[: limit - 1] + "…"
-    return shown if shown.strip() else "␣" * len(shown) or "∅"
-
-
-@lru_cache(maxsize=4096)
-def _shown(character: str) -> str:
-    seen = visible_character(character)
-    return seen if seen != character or _font().get_char_index(ord(character)) else f"\\u{{{ord(character):X}}}"
-
-
-def visible_character(character: str) -> str:
-    r"""Line breaks and tabs as ↵, ↤ and ⇥, other characters that cannot be seen as \u{0}, the rest as it is."""
-    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-    escape = f"\\u{{{ord(character):X}}}" if invisible else character
-    return {"\n": "↵", "\r": "↤", "\t": "⇥"}.get(character, escape)
-
-
-@lru_cache(maxsize=1)
-def _font():
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return get_font(findfont(FontProperties(family=_MONO)))
+    return visible(shown) or "∅"
 
 
 def label_text(text: str, limit: int = 120) -> str:
@@ -69,116 +75,128 @@ def label_text(text: str, limit: int = 120) -> str:
     return printable(text, limit).replace("$", r"\$") if text else ""
 
 
-def png(figure, dpi: int = 90) -> bytes:
-    """The figure as the bytes of a PNG file, the same for the same figure; the figure is closed."""
-    import matplotlib.pyplot as plt
+def signed(value: float) -> str:
+    """A difference with its sign and two decimals; – where there is none."""
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:+.2f}" if abs(value) >= 0.005 else "0"
 
+
+def _visible_character(character: str) -> str:
+    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+    return {"\n": "↵", "\r": "↤", "\t": "⇥"}.get(character, _escaped(character) if invisible else character)
+
+
+@lru_cache(maxsize=4096)
+def _printable_character(character: str) -> str:
+    seen = _visible_character(character)
+    return seen if seen != character or _font().get_char_index(ord(character)) else _escaped(character)
+
+
+def _escaped(character: str) -> str:
+    return f"\\u{{{ord(character):X}}}"
+
+
+@lru_cache(maxsize=1)
+def _font() -> Any:
+    return get_font(findfont(FontProperties(family=MONO)))
+
+
+def row_of_axes(
+    count: int, size: tuple[float, float], *, title: str = "", grid: str | None = None, rows: int = 1, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """figure, axes: panels of `size` inches together, without a line above and to the right; the title is over all."""
+    figure, panels = plt.subplots(rows, count, figsize=size, layout="constrained", squeeze=False, **shared)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        if grid:
+            axes.grid(axis=grid, alpha=0.25)
+    if title:
+        figure.suptitle(title)
+    return figure, list(panels.flat)
+
+
+def new_axes(width: float, height: float, *, margins: Sequence[float], title: str) -> tuple[Figure, Axes]:
+    """figure, axes: `width` x `height` inches for the axes; margins are left, right, bottom and top."""
+    left, right, bottom, top = margins
+    top += 0.28 if title else 0
+    size = (width + left + right, height + bottom + top)
+    figure = plt.figure(figsize=size)
+    axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
+    axes.set_title(label_text(title), fontsize=10, loc="left")
+    return figure, axes
+
+
+def png(figure: Figure, dpi: int = 90) -> bytes:
+    """The figure as the bytes of a PNG file, the same for the same figure; the figure is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
 
 
-def strip_figure(texts, colours, notes, legend, followed, columns, max_tokens, title):
-    """Boxes with a text and a small note below it, wrapped at `columns` characters and after a line break.
-
-    `colours` and `notes` belong to the first `max_tokens` texts; `legend` stands below; `followed` is the index of a
-    box to frame.
-    """
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    if len(texts) > max_tokens:
-        title = f"{title} (first {max_tokens:,} of {len(texts):,} tokens)".strip()
-    size, note_size = 8, 6  # points
-    shown = [printable(text) for text in texts[:max_tokens]]
-    places, x, line = [], 0.0, 0
-    for text, note, original in zip(shown, notes, texts):
-        width = max(len(text), len(note) * note_size / size) + 0.6
-        if x and x + width > columns:
-            x, line = 0.0, line + 1
-        places.append((x, line, width))
-        x += width + 0.15
-        if "\n" in original:
-            x, line = 0.0, line + 1
-    lines = 1 + max((line for _, line, _ in places), default=0)
-    _, axes = new_axes(columns * _ADVANCE * size / 72, lines * 0.36, margins=(0.1, 0.1, 0.3, 0.05), title=title)
-    axes.set(xlim=(0, columns), ylim=(lines, 0), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(legend, fontsize=8, loc="left")
-    boxes = [Rectangle((x, line + 0.05), width, 0.9) for x, line, width in places]
-    frames = [("black", 2.2) if i == followed else ("0.6", 0.4) for i in range(len(boxes))]
-    edges, widths = zip(*frames) if frames else ((), ())
-    axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors=edges, linewidths=widths))
-    inks = [ink(colour) for colour in colours]
-    plain = [i for i, text in enumerate(shown) if text.isascii()]
-    middles = [(x + width / 2, line + 0.32) for x, line, width in places]
-    draw_strings(axes, [shown[i] for i in plain], [middles[i] for i in plain], [inks[i] for i in plain], size)
-    for i in set(range(len(shown))) - set(plain):  # other scripts need a text's shaping
-        axes.text(
-            *middles[i], shown[i], color=inks[i], fontsize=size, family=_MONO, ha="center", va="center_baseline",
-            parse_math=False,
-        )  # fmt: skip
-    draw_strings(axes, notes, [(x + width / 2, line + 0.74) for x, line, width in places], inks, note_size)
-    return axes.figure
+def note(axes: Axes, text: str, place: tuple, offset: tuple, coordinates: Any = "data", **look: Any) -> None:
+    """Words beside a place of the figure, `offset` points away from it."""
+    look = {"fontsize": 9, "color": "0.25"} | look
+    axes.annotate(text, place, xycoords=coordinates, xytext=offset, textcoords="offset points", **look)
 
 
-def new_axes(width, height, *, margins, title):
-    """figure, axes: `width` x `height` inches for the axes; margins are left, right, bottom and top."""
-    import matplotlib.pyplot as plt
-
-    left, right, bottom, top = margins
-    top += 0.28 if title else 0
-    size = (width + left + right, height + bottom + top)
-    figure = plt.figure(figsize=size)
-    axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
-    if title:
-        axes.set_title(label_text(title), fontsize=10, loc="left")
-    return figure, axes
+def draw_boxes(axes: Axes, boxes: Sequence[tuple[float, float, float, float]], **look: Any) -> None:
+    """Rectangles of (x, y, width, height) as one artist."""
+    axes.add_collection(PatchCollection([Rectangle((x, y), width, height) for x, y, width, height in boxes], **look))
 
 
-def draw_strings(axes, strings, places, inks, size, *, turned=False, below=False, zorder=3):
+def draw_strings(
+    axes: Axes, strings: Iterable[str], places: Any, size: float, *, on: Sequence | None = None, colour: str = "black",
+    turned: bool = False, below: bool = False,
+) -> None:  # fmt: skip
     """Short strings, each centred at its place, as one artist that keeps them in `strings`; a text each takes too long.
 
-    `turned` by a quarter; `below`: under the x axis, at the places' x.
+    `on` are colours, on each of which its string shall be readable; `turned` by a quarter; `below`: under the x axis,
+    at the places' x.
     """
-    from matplotlib.collections import PathCollection
-    from matplotlib.transforms import ScaledTranslation
-
     figure, strings = axes.figure, tuple(strings)
     position = axes.transData
     if below:
         position = axes.get_xaxis_transform() + ScaledTranslation(0, -0.1, figure.dpi_scale_trans)
     collection = PathCollection(
         [_string_path(string, size / 72, turned) for string in strings],
-        offsets=np.asarray(places, dtype=float).reshape(-1, 2),
-        offset_transform=position,
-        facecolors=inks,
-        linewidths=0,
-        zorder=zorder,
-        clip_on=not below,
-        snap=False,
-    )
+        offsets=np.asarray(places, dtype=float).reshape(-1, 2), offset_transform=position,
+        facecolors=colour if on is None else [ink(face) for face in on],
+        linewidths=0, zorder=3, clip_on=not below, snap=False,
+    )  # fmt: skip
     collection.set_transform(figure.dpi_scale_trans)
     collection.strings = strings
     axes.add_collection(collection, autolim=False)
 
 
 @lru_cache(maxsize=4096)
-def _string_path(string, size, turned):
+def _string_path(string: str, size: float, turned: bool) -> Any:
     """The outline of `string`, `size` inches high, its middle at 0."""
-    from matplotlib.path import Path
-
     glyphs = [(i, _glyph(character)) for i, character in enumerate(string) if character != " "]
-    vertices = np.concatenate([np.zeros((0, 2))] + [glyph.vertices + (i * _ADVANCE, 0) for i, glyph in glyphs])
+    vertices = np.concatenate([np.zeros((0, 2))] + [glyph.vertices + (i * ADVANCE, 0) for i, glyph in glyphs])
     codes = np.concatenate([np.zeros(0, Path.code_type)] + [glyph.codes for _, glyph in glyphs])
-    vertices = (vertices - (len(string) * _ADVANCE / 2, 0.365)) * size
+    vertices = (vertices - (len(string) * ADVANCE / 2, 0.365)) * size
     return Path(vertices[:, ::-1] * (-1, 1) if turned else vertices, codes)
 
 
 @lru_cache(maxsize=256)
-def _glyph(character):
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
+def _glyph(character: str) -> Any:
+    return TextPath((0, 0), character, size=1, prop=FontProperties(family=MONO))
 
-    return TextPath((0, 0), character, size=1, prop=FontProperties(family=_MONO))
+
+def checked_matrix(values: Any, wanted: tuple[int | None, int | None], what: str) -> np.ndarray:
+    """`values` as a matrix of the `wanted` shape, None for experts. Raises ValueError where it has another, or none."""
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or not values.size or any(n not in (None, m) for n, m in zip(wanted, values.shape)):
+        give = ", ".join("experts" if n is None else str(n) for n in wanted)
+        raise ValueError(f"the values have shape {values.shape} but there are {what}; give ({give})")
+    return values
+
+
+def shaped_like(values: np.ndarray, value: Any, name: str) -> np.ndarray:
+    """`value` with the shape of `values`. Raises ValueError, which calls it `name`, where it does not broadcast."""
+    try:
+        return np.broadcast_to(np.asarray(value, dtype=float), values.shape)
+    except ValueError:
+        raise ValueError(f"{name} has shape {np.shape(value)}, which does not fit {values.shape}") from None

@@ -15,16 +15,18 @@ from itertools import takewhile
 import ipywidgets as W
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..checks import IGNORE
 from ..core.model import DecoderLM, evaluating
 from ..decoding.generation import generate
 from ..routing.adapter import context_length
 from ..routing.intervention import intervene, token_losses
 from ..routing.typed_text import check_ids, device_of, encode, route_text, token_texts, twin
-from .panel import Panel, View, follow_example, text_inputs, visible, wide
-from .routing import plot_token_losses
+from ..tables import Table
+from .panel import Panel, View, text_inputs, toggle_buttons, wide
+from .strips import plot_token_losses
+from .style import visible
+
+Probe = Mapping[str, tuple[Tensor, Tensor]]  # (tokens_BT, targets_BT) by name
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Outcome:
         return float(torch.cat([losses_BT.flatten() for losses_BT in chosen]).nanmean())
 
 
-def measure(model, tokenizer, prompt: str, probe: Mapping[str, tuple], new_tokens: int = 20) -> Outcome:
+def measure(model, tokenizer, prompt: str, probe: Probe, new_tokens: int = 20) -> Outcome:
     """The losses on `probe` and the most probable continuation of `prompt`, by `model` as it is (see `intervene`).
 
     Raises ValueError for a prompt that is empty, cannot be encoded, or leaves no room for `new_tokens`.
@@ -57,29 +59,12 @@ def measure(model, tokenizer, prompt: str, probe: Mapping[str, tuple], new_token
         if isinstance(model, DecoderLM):
             tokens_BT = generate(model, prompt_BT, new_tokens)
         else:
-            tokens_BT = model.generate(
-                prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=new_tokens, do_sample=False,
-                pad_token_id=0,
-            )  # fmt: skip
+            options = {"attention_mask": torch.ones_like(prompt_BT), "do_sample": False, "pad_token_id": 0}
+            tokens_BT = model.generate(prompt_BT, max_new_tokens=new_tokens, **options)
     # decoded together, since a character may be several tokens, and a token alone may lose its space
     start, whole = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (ids, tokens_BT[0].tolist()))
-    continuation = whole[len(start) :]
-    return Outcome(_losses(model, probe), continuation)
-
-
-def _losses(model, probe: Mapping[str, tuple]) -> dict[str, Tensor]:
-    """The losses of all windows from one forward; shorter ones are padded at their end, which no token before sees."""
-    longest = max(tokens_BT.shape[1] for tokens_BT, _ in probe.values())
-
-    def stacked(part: int, padding: int) -> Tensor:
-        return torch.cat(
-            [pad(windows[part], (0, longest - windows[part].shape[1]), value=padding) for windows in probe.values()]
-        )
-
-    losses_WT = token_losses(model, stacked(0, 0), stacked(1, IGNORE))
-    sizes = [tokens_BT.shape for tokens_BT, _ in probe.values()]
-    parts = losses_WT.split([rows for rows, _ in sizes])
-    return {name: part[:, :length] for name, part, (_, length) in zip(probe, parts, sizes)}
+    losses = {name: token_losses(model, *windows) for name, windows in probe.items()}
+    return Outcome(losses, whole[len(start) :])
 
 
 def render_what_if(
@@ -91,30 +76,23 @@ def render_what_if(
     """
     changes = {name: now.mean(name) - trained.mean(name) for name in trained.losses}
     worst = max(changes, key=changes.get)
-    change = now.mean() - trained.mean()
-    said = f"{choice}: {now.mean():.3f} nats per token, as trained {trained.mean():.3f} ({change:+.3f})"
+    said = f"{choice}: {now.mean():.3f} nats per token, as trained {trained.mean():.3f}"
+    said += f" ({now.mean() - trained.mean():+.3f})"
     said += f"; {worst} changes most ({changes[worst]:+.3f})." if len(changes) > 1 else "."
-    rows = "".join(
-        f"<tr><th scope=row style='text-align:left'>{html.escape(visible(name))}</th><td>{trained.mean(name):.3f}</td>"
-        f"<td>{now.mean(name):.3f}</td><td>{changes[name]:+.3f}</td></tr>"
-        for name in trained.losses
-    )
-    head = "".join(f"<th scope=col>{word}</th>" for word in ("loss (nats per token)", "as trained", "now", "change"))
+    table = Table(
+        {"loss (nats per token)": visible(name), "as trained": trained.mean(name), "now": now.mean(name),
+         "change": f"{change:+.3f}"} for name, change in changes.items()
+    )  # fmt: skip
     both = zip(trained.continuation, now.continuation)
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], both)))
-    texts = "".join(
-        f"<p style='margin:4px 0;line-height:1.35;overflow-wrap:anywhere'><b>{name}</b>: {html.escape(visible(prompt))}"
-        f"<u>{html.escape(visible(text[:same]))}</u><mark>{html.escape(visible(text[same:]))}</mark></p>"
-        for name, text in (("as trained", trained.continuation), ("now", now.continuation))
-    )
-    words = f"<table style='border-spacing:8px 0'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{texts}"
-    figure = plot_token_losses(
-        target_texts, (now.losses[window] - trained.losses[window])[0], limit=2.0,
-        title=f"change of each token's loss, first window of {window}",
-    )  # fmt: skip
-    lines = [f"{name}: {trained.mean(name):.3f} -> {now.mean(name):.3f} ({changes[name]:+.3f})" for name in changes]
-    lines += [f"as trained: {prompt}{trained.continuation}", f"now: {prompt}{now.continuation}"]
-    return View(said, figure, words=words, lines=lines)
+    words, lines = table._repr_html_(), str(table).split("\n")
+    for name, text in (("as trained", trained.continuation), ("now", now.continuation)):
+        start, shared, other = (html.escape(visible(part)) for part in (prompt, text[:same], text[same:]))
+        words += f"<p><b>{name}</b>: {start}<u>{shared}</u><mark>{other}</mark></p>"
+        lines.append(f"{name}: {prompt}{text}")
+    change_T = (now.losses[window] - trained.losses[window])[0]
+    title = f"change of each token's loss, first window of {window}"
+    return View(said, plot_token_losses(target_texts, change_T, limit=2.0, title=title), words=words, lines=lines)
 
 
 class WhatIf(Panel):
@@ -136,21 +114,17 @@ class WhatIf(Panel):
         self._prompt = None
         trace, _ = route_text(model, tokenizer, inputs["text"].value, context_length(model.config))
         experts = trace.num_experts
+        layers = [("all layers", None)] + [(f"layer {layer}", layer) for layer in trace.layers]
         super().__init__(
             **inputs,
-            k=W.BoundedIntText(trace.top_k, min=1, max=experts, description="k", layout=wide(160)),
-            temperature=W.BoundedFloatText(1, min=0.1, max=10, step=0.1, description="temperature", layout=wide(180)),
-            layer=W.Dropdown(
-                description="knock out in",
-                options=[("all layers", None)] + [(f"layer {layer}", layer) for layer in trace.layers],
-                layout=wide(220),
-            ),
+            k=W.BoundedIntText(trace.top_k, min=1, max=experts, layout=wide(160)),
+            temperature=W.BoundedFloatText(1, min=0.1, max=10, step=0.1, layout=wide(180)),
+            layer=W.Dropdown(description="knock out in", options=layers, layout=wide(220)),
             without=W.Text(description="without experts", placeholder="none; for example 3, 7", layout=wide(260)),
             window=W.Dropdown(description="draw", options=list(self._probe), layout=wide(220)),
         )
         # one button an expert; with their numbers for labels, ipywidgets leaves them (and the focus) in place
-        self._experts = W.ToggleButtons(options=[(str(e), e) for e in range(experts)], layout=W.Layout(width="auto"))
-        self._experts.style.button_width = "auto"
+        self._experts = toggle_buttons([(str(e), e) for e in range(experts)], "upcycling-experts")
         self._experts.add_class(f"experts-{self._experts.model_id}")
         self._experts.value = None
         self._experts.observe(self._toggle, "value")
@@ -182,16 +156,15 @@ class WhatIf(Panel):
         return sorted(removed)
 
     def _mark(self, removed: Sequence[int]) -> None:
-        scope = f".experts-{self._experts.model_id} button"
-        out = f"{scope}:is({','.join(f':nth-child({e + 1})' for e in removed)})"
+        places = ",".join(f":nth-child({expert + 1})" for expert in removed)
+        out = f".experts-{self._experts.model_id} button:is({places})"
         self._removed_style.value = (
-            f"<style>{scope}{{min-width:2.2em;padding:0 3px;margin:2px}}{scope}::before{{content:'\\200b'/'expert '}}"
-            f"{out}{{background:#B00020;color:white;text-decoration:line-through}}"
+            f"<style>{out}{{background:#B00020;color:white;text-decoration:line-through}}"
             f"{out}::after{{content:'\\200b'/', knocked out'}}</style>"
         )
 
     def _follow(self, change) -> None:
-        follow_example(self, change and change["owner"])
+        super()._follow(change)
         with contextlib.suppress(ValueError):  # `view` says what is wrong
             self._mark(self._removed())
         if self.text.value != self._prompt:
