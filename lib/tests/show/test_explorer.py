@@ -18,7 +18,7 @@ from seen import Reader
 
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
-from upcycling.routing import text as routed_text
+from upcycling.routing import typed_text
 from upcycling.routing.metrics import router_saturation
 from upcycling.routing.record import record_routing
 from upcycling.routing.snapshots import RoutingSnapshots
@@ -75,7 +75,7 @@ def make_probe():
 
 
 def routed(model, tokenizer, text=TEXT):
-    return routed_text.route_text(model, tokenizer, text)
+    return typed_text.route_text(model, tokenizer, text)
 
 
 # ------------------------------------------------------------------------------------------------- render functions
@@ -193,7 +193,7 @@ def test_two_traces_are_compared(model, tokenizer):
 
 
 def test_playback_view_is_of_its_moment(snapshots, tokenizer):
-    texts = routed_text.token_texts(tokenizer, snapshots.probe_BT[2].tolist())
+    texts = typed_text.token_texts(tokenizer, snapshots.probe_BT[2].tolist())
     views = [explorer.render_playback(snapshots, snapshots.window_labels, texts, i, 2, 2, 4) for i in range(3)]
     for i, view in enumerate(views):
         saturation = float(router_saturation(snapshots.expert_ids[i, 1], snapshots.expert_ids[-1, 1]))
@@ -303,7 +303,7 @@ def test_explorer_of_a_recorded_trace(model, tokenizer):
     made = TokenExplorer(trace, tokenizer)
     assert list(made.controls) == ["sequence", "layer", "colour", "token"]
     made.sequence.value = 1
-    assert Reader(made).tokens == list(map(visible, routed_text.token_texts(tokenizer, ids[1])))
+    assert Reader(made).tokens == list(map(visible, typed_text.token_texts(tokenizer, ids[1])))
     made.token.value = 2
     assert made.view().strips[0].chosen == trace.expert_ids[0, 4:].tolist()
 
@@ -337,7 +337,7 @@ def test_playback_moves_through_moments_windows_and_layers(snapshots, tokenizer)
     made.moment.value = 20  # in updates
     assert "After 20 updates" in Reader(made).sentence and Reader(made).picture != first
     made.window.value = 3
-    texts = routed_text.token_texts(tokenizer, snapshots.probe_BT[3].tolist())
+    texts = typed_text.token_texts(tokenizer, snapshots.probe_BT[3].tolist())
     assert Reader(made).tokens == list(map(visible, texts))
     made.strips[0].buttons.value = 6
     assert made.token.value == 6
@@ -581,11 +581,11 @@ def test_sentencepiece_tokens_keep_their_spaces():
 
     tokenizer = load_tokenizer(STORIES)
     ids = tokenizer.encode("Once upon a time", add_special_tokens=False).ids
-    assert "".join(routed_text.token_texts(tokenizer, ids)).strip() == "Once upon a time"
+    assert "".join(typed_text.token_texts(tokenizer, ids)).strip() == "Once upon a time"
 
 
 def test_id_that_the_tokenizer_lacks(tokenizer):
-    assert routed_text.token_texts(tokenizer, [299]) == ["[299]"]
+    assert typed_text.token_texts(tokenizer, [299]) == ["[299]"]
 
 
 # ---------------------------------------------------------------------------------------------------------- a kernel
