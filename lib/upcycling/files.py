@@ -1,9 +1,11 @@
 """Files that are whole or not there: written under a temporary name, flushed to the disk and renamed.
 
-write_text(path, text)                          # a small file of text
-write_tensors(path, tensors, header)            # safetensors; read_tensors(path) reads it
-with replacing(path) as temporary:              # anything else: write to `temporary`, which then becomes `path`
-    save(temporary)
+    write_text(path, text)                          # a small file of text
+    write_tensors(path, tensors, header)            # safetensors; read_tensors(path) reads it
+    with replacing(path) as temporary:              # anything else: write to `temporary`, which then becomes `path`
+        save(temporary)
+
+Nothing is ever pickled: reading a file runs no code.
 """
 
 from __future__ import annotations
@@ -75,21 +77,23 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], header
         save_file(contiguous, temporary, metadata=metadata)
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+def read_tensors(
+    path: str | os.PathLike,
+    what: str = "checkpoint of this library",
+    remedy: str = "train first, or give the path of a .safetensors file",
+) -> tuple[dict[str, Tensor], dict]:
     """Return (tensors, header) of a file, tensors copied to memory of their own (a mapped file has any alignment).
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged or not one of `write_tensors`.
+    Raises FileNotFoundError with the remedy, and ValueError for a file that is damaged or not `what` it should be.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}: train first, or give the path of a .safetensors file")
+        raise FileNotFoundError(f"there is no {what.split()[0]} {path}: {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["upcycling"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: recursion, too
-        raise ValueError(
-            f"{path} cannot be read ({error}): it is truncated, damaged or not a checkpoint of this library"
-        ) from error
+        raise ValueError(f"{path} cannot be read ({error}): it is truncated, damaged or not a {what}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of checkpoint format {FORMAT}, the only one this version reads")
+        raise ValueError(f"{path} is not of format {FORMAT}, the only one this version reads: it is not a {what}")
     return tensors, header

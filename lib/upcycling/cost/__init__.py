@@ -1,10 +1,10 @@
-"""Cost: what a model takes, counted from its configuration or measured where counting cannot know. Notebook 09.
+"""Cost: what a model takes, counted from its parts or measured where counting cannot know. Notebook 09.
 
 Read in this order:
 
-- `parameters.py`   parameters and FLOPs of our models, from the configuration alone
-- `account.py`      `account`, `side_by_side`: parameters, FLOPs, memory, intensity of our models and transformers'
-- `parts.py`        a model's parts as counting needs them, read from either kind of configuration
+- `parts.py`        a model's parts as counting needs them, read from its modules, ours and transformers'
+- `parameters.py`   parameters and FLOPs of a configuration
+- `account.py`      `account`, `side_by_side`: parameters, FLOPs, memory, intensity of either kind of model
 - `activations.py`  the memory that the backward pass keeps, measured
 - `profile.py`      `time_by_kind`: where the seconds go
 - `references.py`   named reference models, and what was claimed of them

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core.model import DecoderLM
 from ..core.routing import count_ids
-from ..routing.record import _containers, _Forward, _refuse_compiled
+from ..routing.record import Forward, containers_of, refuse_compiled
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -64,7 +64,7 @@ class SelectionBiasMover:
         for module in model.modules():
             if isinstance(module, DecoderLM):
                 raise ValueError('a DecoderLM\'s rule moves by itself: upcycle with MoEConfig(router="selection_bias")')
-            _refuse_compiled(module, also="OptimizedModule")
+            refuse_compiled(module, also="OptimizedModule")
         self.rate = rate
         self._layers = _find_biased(model)
         if not self._layers:
@@ -72,9 +72,9 @@ class SelectionBiasMover:
                 f"{type(model).__name__} has no {' or '.join(BIASES)}; classes that have one are, among others, "
                 "DeepseekV3, Glm4Moe, Dots1, Lfm2Moe, Ernie4_5_Moe"
             )
-        self._forward = _Forward()
+        self._forward = Forward()
         self._handles = [layer.module.register_forward_hook(self._collect(layer)) for layer in self._layers]
-        for module in _containers(model, self._layers):
+        for module in containers_of(model, [layer.name for layer in self._layers]):
             names = [*inspect.signature(module.forward).parameters]
             self._handles += [
                 module.register_forward_pre_hook(self._enter(names), with_kwargs=True),

@@ -6,8 +6,10 @@ Shapes: B batch, T sequence, N tokens, V vocabulary, E experts, K experts per to
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,21 +23,26 @@ from .hf_routers import FoundRouter, check_model, find_routers, unpack
 BLOCK = 256  # tokens in a sequence of training or evaluation where nobody asks for another number
 
 
-def as_decoder_lm(model, seq_len: int | None = None):
+def as_decoder_lm(model: nn.Module, seq_len: int | None = None) -> Any:
     """`model` itself if it is a `DecoderLM` (also compiled) or an adapter already, else its `TransformersLM`."""
     if isinstance(model, TransformersLM) or isinstance(getattr(model, "config", None), ModelConfig):
         return model
     return TransformersLM(model, seq_len)
 
 
-def context_length(config) -> int:
+def context_length(config: Any) -> int:
     """Tokens that a model takes at most, by its configuration (ours or transformers'); 2**31 where none is set."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return getattr(config, "seq_len", None) or getattr(config, "max_position_embeddings", None) or 2**31
 
 
-def block_size(model, wanted: int | None = None) -> int:
+def logits_of(output: Any) -> Tensor:
+    """logits_BTV in what a DecoderLM or a transformers model returned."""
+    return getattr(output, "logits_BTV" if isinstance(output, LMOutput) else "logits")
+
+
+def block_size(model: Any, wanted: int | None = None) -> int:
     """Tokens in a sequence: `wanted`, by default BLOCK or the context if that is shorter; ValueError if beyond it."""
     context = context_length(model.config)
     block = min(BLOCK, context) if wanted is None else wanted
@@ -53,7 +60,7 @@ class TransformersLM(nn.Module):
     context.
     """
 
-    def __init__(self, model, seq_len: int | None = None, aux_weight: float = 0.01):
+    def __init__(self, model: Any, seq_len: int | None = None, aux_weight: float = 0.01):
         super().__init__()
         check_model(model, "this", " or a DecoderLM")
         self.model, self.routers = model, find_routers(model)
@@ -67,7 +74,7 @@ class TransformersLM(nn.Module):
             seq_len=block_size(model, seq_len),
             vocab_size=model.config.get_text_config().vocab_size,
             moe_layers=tuple(router.layer for router in self.routers),
-            moe=SimpleNamespace(num_experts=len(holder.weight), top_k=holder.top_k, aux_weight=aux_weight),
+            moe=SimpleNamespace(num_experts=self.routers[0].num_experts, top_k=holder.top_k, aux_weight=aux_weight),
             to_dict=self._description,
         )
 
@@ -78,8 +85,8 @@ class TransformersLM(nn.Module):
         the softmax over the chosen ones; where its scores are sigmoids, they are those divided by their sum, as in
         DeepSeek-V3's balance loss (arXiv:2412.19437, eq. 18). Both carry the gradient. Ids and weights are the model's.
         """
-        DecoderLM._check(self, tokens_BT, 0)
-        found = {}
+        DecoderLM._check(cast(DecoderLM, self), tokens_BT, 0)
+        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         with ExitStack() as hooks:  # for this call alone: a block that is recomputed in the backward pass calls none
             for router in self.routers:
                 hooks.callback(router.module.register_forward_hook(_collector(router, found)).remove)
@@ -118,8 +125,9 @@ class TransformersLM(nn.Module):
         return settings | {"class": type(self.model).__name__, "aux_weight": self.config.moe.aux_weight}
 
 
-def _collector(router: FoundRouter, found: dict):
-    def hook(module, args, output):  # no arithmetic here: blocks that are recomputed would miss it the second time
+def _collector(router: FoundRouter, found: dict) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        # no arithmetic here: blocks that are recomputed would miss it the second time
         found[router.layer] = unpack(router, output)
 
     return hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from ..checks import IGNORE
 from ..core.model import evaluating
 from ..core.moe import MoELayer
 from ..tables import ShownAsTable, Table
+from .adapter import logits_of
 from .hf_routers import FoundRouter, find_routers
 from .record import record_routing
+from .trace import RoutingTrace
 
 # ------------------------------------------------------------------------------------------- the router's gradient
 
@@ -130,9 +133,8 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
     routers = find_routers(model)
     with evaluating(model):
         with torch.enable_grad(), record_routing(model) as trace:
-            out = model(tokens_BT)
-            logits_BTV = out.logits_BTV if hasattr(out, "logits_BTV") else out.logits
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
+            logits_NV = logits_of(model(tokens_BT)).flatten(0, 1).float()
+            loss = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORE)
         weights = [weight for router in routers for weight in router_weights(router) + expert_weights(model, router)]
         wanted = [weight for weight in weights if weight.requires_grad]
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
@@ -140,7 +142,7 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
     return Diagnosis(tuple(_diagnose(model, router, i, trace, gradient_of) for i, router in enumerate(routers)))
 
 
-def _diagnose(model, router: FoundRouter, i: int, trace, gradient_of: dict) -> RouterDiagnosis:
+def _diagnose(model: nn.Module, router: FoundRouter, i: int, trace: RoutingTrace, gradient_of: dict) -> RouterDiagnosis:
     of_router, of_experts = router_weights(router), expert_weights(model, router)
     num_experts = trace.num_experts
     rows_EX = torch.cat([weight.detach().reshape(num_experts, -1) for weight in of_router], dim=1)
@@ -168,7 +170,7 @@ def router_weights(router: FoundRouter) -> list[nn.Parameter]:
 def expert_weights(model: nn.Module, router: FoundRouter) -> list[nn.Parameter]:
     """The stacked weights of the router's experts, each with E in front; shared experts are not among them."""
     in_decoder_lm = isinstance(router.holder, MoELayer)
-    layer = router.holder if in_decoder_lm else model.get_submodule(router.name.rpartition(".")[0])
+    layer: Any = router.holder if in_decoder_lm else model.get_submodule(router.name.rpartition(".")[0])
     return list(layer.experts.parameters())
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,22 @@ from ..core.model import DecoderLM
 from ..core.moe import MoELayer
 from ..core.routing import route
 
+Rule = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # (the router, logits_NE) -> (weights_NK, expert_ids_NK)
 
-def softmax_then_top_k(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+
+def softmax_then_top_k(router: Any, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
     """(weights_NK, expert_ids_NK): Mixtral's and Qwen's rule; divided by their sum unless `norm_topk_prob` is False."""
     routing = route(logits_NE.float(), router.top_k, getattr(router, "norm_topk_prob", True))
     return routing.weights_NK, routing.expert_ids_NK
 
 
-def top_k_then_softmax(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+def top_k_then_softmax(router: Any, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
     """(weights_NK, expert_ids_NK): GraniteMoe's and GPT-OSS's rule, softmax over the chosen logits alone."""
     chosen_NK, expert_ids_NK = logits_NE.topk(router.top_k, dim=-1)
     return chosen_NK.float().softmax(-1), expert_ids_NK
 
 
-def grouped_sigmoid(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+def grouped_sigmoid(router: Any, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
     """(weights_NK, expert_ids_NK): DeepSeek-V3's rule (arXiv:2412.19437, section 2.1.2).
 
     Experts stand in `num_group` groups; the `topk_group` groups whose two best sigmoid(logit) + bias add up to most
@@ -59,7 +62,7 @@ def grouped_sigmoid(router: nn.Module, logits_NE: Tensor) -> tuple[Tensor, Tenso
 
 
 # The rule of each class of router, by its name less "Router": so that nothing of transformers is imported here.
-_KNOWN = {
+_KNOWN: dict[Rule, str] = {
     softmax_then_top_k: (
         "FlexOlmoTopK MellumTopK MiniMaxTopK MixtralTopK OlmoeTopK Qwen2MoeTopK Qwen3MoeTopK Qwen3NextTopK "
         "Qwen3VLMoeTextTopK Qwen3_5MoeTopK"
@@ -70,7 +73,7 @@ _KNOWN = {
         "GlmMoeDsaTopk SolarOpenTopk"
     ),
 }
-RULES: dict[str, Callable] = {f"{name}Router": rule for rule, names in _KNOWN.items() for name in names.split()}
+RULES: dict[str, Rule] = {f"{name}Router": rule for rule, names in _KNOWN.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,24 @@ class FoundRouter:
 
     layer: int
     name: str
-    module: nn.Module
-    holder: nn.Module
+    module: Any
+    holder: Any
 
-    def logits(self, output) -> Tensor:
+    @property
+    def num_experts(self) -> int:
+        return len(self.module.weight)
+
+    def logits(self, output: Any) -> Tensor:
         """logits_NE in `output`, what `module` returned."""
         return output if isinstance(self.holder, MoELayer) else unpack(self, output)[0]
 
-    def rerouted(self, output, logits_NE: Tensor):
+    def rerouted(self, output: Any, logits_NE: Tensor) -> Any:
         """What `module` would have returned for these logits, in the layout and dtypes of `output`."""
         if isinstance(self.holder, MoELayer):
             return logits_NE  # the layer itself takes softmax, top-k and weights from here
         _, weights_NK, _ = unpack(self, output)
-        new_weights_NK, expert_ids_NK = _rule(self.holder)(self.holder, logits_NE)
+        rule = _rule(self.holder) or softmax_then_top_k  # one of these it has, or it would not have been found
+        new_weights_NK, expert_ids_NK = rule(self.holder, logits_NE)
         return logits_NE, new_weights_NK.to(weights_NK.dtype), expert_ids_NK
 
     def probabilities(self, logits_NE: Tensor) -> Tensor:
@@ -146,11 +154,11 @@ def _transformers_version() -> str:
     return transformers.__version__
 
 
-def _rule(module: nn.Module) -> Callable | None:
+def _rule(module: nn.Module) -> Rule | None:
     return next((RULES[base.__name__] for base in type(module).__mro__ if base.__name__ in RULES), None)
 
 
-def unpack(router: FoundRouter, output) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(router: FoundRouter, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(logits_NE, weights_NK, expert_ids_NK) that a transformers router returned; ValueError for another layout."""
     fits = isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
     if not fits or output[1].shape != output[2].shape:
@@ -185,7 +193,7 @@ def _why_no_router(model: nn.Module) -> str:
     return f"{kind} has no MoE layer; upcycle it first, for instance with {how}"
 
 
-def check_model(model, asking: str, or_else: str = "") -> None:
+def check_model(model: Any, asking: str, or_else: str = "") -> None:
     """TypeError unless `model` is a transformers model, ValueError where its weights are on the meta device."""
     from transformers import PreTrainedModel
 

@@ -9,22 +9,25 @@ Shapes: B windows, T tokens of a window, L MoE layers, E experts, C domains, W w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import IGNORE, whole_number
-from ..core.model import DecoderLM, LMOutput, evaluating
+from ..core.model import DecoderLM, evaluating
 from ..core.moe import MoELayer
+from .adapter import logits_of
 from .hf_routers import FoundRouter, find_routers
 
 _ROWS = 16  # windows per forward pass: their logits are what needs memory
 Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
+Windows = Mapping[str, tuple[Tensor, Tensor]]  # domain -> (tokens_BT, targets_BT)
 
 
 class _Rerouting:
@@ -36,7 +39,7 @@ class _Rerouting:
     def __init__(self, router: FoundRouter, allowed_E: Tensor, temperature: float):
         self.router, self.allowed_E, self.temperature = router, allowed_E, temperature
 
-    def __call__(self, module, inputs, output):
+    def __call__(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
         logits_NE = self.router.logits(output)
         allowed_E = self.allowed_E.to(logits_NE.device)
         changed = self.router.rerouted(output, (logits_NE / self.temperature).masked_fill(~allowed_E, -torch.inf))
@@ -49,7 +52,14 @@ class _Rerouting:
 
 
 @contextmanager
-def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: int | None = None, temperature=1.0):
+def intervene(
+    model: nn.Module,
+    *,
+    remove: Experts = None,
+    force: Experts = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> Iterator[nn.Module]:
     """Inside this context the routers choose otherwise; every weight stays, and all is as before on the way out.
 
     `remove` takes experts out of the choice, `force` leaves only those: {layer: [experts]}, or [experts] for every MoE
@@ -75,7 +85,7 @@ def intervene(model, *, remove: Experts = None, force: Experts = None, top_k: in
     removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
     changes = []
     for layer, router in routers.items():
-        num_experts = _num_experts(router)
+        num_experts = router.num_experts
         if top_k is not None:
             top_k = whole_number("top_k", top_k)
         if top_k is not None and not 1 <= top_k <= num_experts:
@@ -123,10 +133,6 @@ def _refuse_deaf_rules(routers: Mapping[int, FoundRouter], top_k: int | None, sc
             )
 
 
-def _num_experts(router: FoundRouter) -> int:
-    return len(router.module.weight)
-
-
 def _per_layer(name: str, experts: Experts, routers: Mapping[int, FoundRouter]) -> dict[int, list[int]]:
     """{layer: [experts]} of what was asked; layers that nothing was asked of are left out."""
     if experts is None:
@@ -137,7 +143,7 @@ def _per_layer(name: str, experts: Experts, routers: Mapping[int, FoundRouter]) 
     for layer, ids in experts.items():
         if layer not in routers:
             raise ValueError(f"{name} names layer {layer}, but the layers with experts are {[*routers]}")
-        num_experts = _num_experts(routers[layer])
+        num_experts = routers[layer].num_experts
         chosen[layer] = [whole_number(f"{name} of layer {layer}: expert", expert) for expert in ids]
         for expert in chosen[layer]:
             if not 0 <= expert < num_experts:
@@ -146,7 +152,7 @@ def _per_layer(name: str, experts: Experts, routers: Mapping[int, FoundRouter]) 
 
 
 @torch.no_grad()
-def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def token_losses(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """losses_BT: the cross-entropy of each target in nats, in eval mode; NaN where there is no target (-100).
 
     Raises ValueError where the shapes differ, for no windows, and for ids outside the vocabulary.
@@ -156,7 +162,8 @@ def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
             f"tokens have shape {tuple(tokens_BT.shape)}, targets {tuple(targets_BT.shape)}; give both as "
             "(windows, tokens), at least one"
         )
-    embedding = model.token_embedding if isinstance(model, DecoderLM) else model.get_input_embeddings()
+    lm: Any = model
+    embedding = lm.token_embedding if isinstance(model, DecoderLM) else lm.get_input_embeddings()
     vocab = embedding.num_embeddings
     for name, ids_N in (("tokens", tokens_BT.flatten()), ("targets", targets_BT[targets_BT != IGNORE])):
         wrong_N = ids_N[(ids_N < 0) | (ids_N >= vocab)]
@@ -166,16 +173,13 @@ def token_losses(model, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
     losses = []
     with evaluating(model):
         for rows_BT, wanted_BT in zip(tokens_BT.split(_ROWS), targets_BT.split(_ROWS)):
-            output = model(rows_BT.to(device))
-            logits_BTV = output.logits_BTV if isinstance(output, LMOutput) else output.logits
-            losses_N = F.cross_entropy(
-                logits_BTV.flatten(0, 1).float(), wanted_BT.to(device).flatten(), reduction="none"
-            )
+            logits_NV, wanted_N = logits_of(model(rows_BT.to(device))).flatten(0, 1), wanted_BT.to(device).flatten()
+            losses_N = F.cross_entropy(logits_NV.float(), wanted_N, reduction="none")
             losses.append(losses_N.view(wanted_BT.shape).cpu())
     return torch.cat(losses).masked_fill(targets_BT.cpu() == IGNORE, torch.nan)
 
 
-def domain_losses(model, windows_by_domain: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+def domain_losses(model: nn.Module, windows_by_domain: Windows) -> dict[str, float]:
     """Mean nats per target of each domain; `windows_by_domain` maps names to (tokens_BT, targets_BT)."""
     return {name: float(token_losses(model, *windows).nanmean()) for name, windows in windows_by_domain.items()}
 
@@ -223,7 +227,14 @@ class KnockoutTable:
         return sorted(rows, key=lambda row: -row["margin"])
 
 
-def knockout(model, windows_by_domain, *, layers=None, experts=None, progress: bool = True) -> KnockoutTable:
+def knockout(
+    model: nn.Module,
+    windows_by_domain: Windows,
+    *,
+    layers: Sequence[int] | None = None,
+    experts: Sequence[int] | None = None,
+    progress: bool = True,
+) -> KnockoutTable:
     """Remove each expert of each layer in turn and measure what it costs each domain.
 
     `windows_by_domain` maps at least two domains to (tokens_BT, targets_BT), B at least 2; `layers` and `experts`
@@ -234,7 +245,7 @@ def knockout(model, windows_by_domain, *, layers=None, experts=None, progress: b
 
     routers = find_routers(model)
     layers = tuple(router.layer for router in routers) if layers is None else tuple(layers)
-    experts = tuple(range(_num_experts(routers[0]))) if experts is None else tuple(experts)
+    experts = tuple(range(routers[0].num_experts)) if experts is None else tuple(experts)
     if len(windows_by_domain) < 2 or min(len(tokens_BT) for tokens_BT, _ in windows_by_domain.values()) < 2:
         raise ValueError("a knock-out compares domains: give at least 2 of them, each with at least 2 windows")
     if not layers or not experts:

@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import IGNORE
 from ..core.model import evaluating
 from ..core.routing import count_ids
 from ..tables import ShownAsTable, Table
+from ..text.stream import TokenStream
 from .adapter import as_decoder_lm
 from .metrics import (
     balance_score,
@@ -27,6 +28,7 @@ from .metrics import (
     router_entropy,
     router_margin,
 )
+from .trace import RoutingTrace
 
 # ------------------------------------------------------------------------------- load, pooled and layer by layer
 
@@ -110,7 +112,7 @@ class LoadReport(ShownAsTable):
         return Table(self.rows(), below=self.notes())
 
 
-def load_report(trace, num_experts: int | None = None) -> LoadReport:
+def load_report(trace: RoutingTrace | Tensor, num_experts: int | None = None) -> LoadReport:
     """The load of every layer and of all layers pooled, from a RoutingTrace or from expert_ids_LNK and `num_experts`.
 
     Why both: with four layers each collapsed on a different expert, the pooled load is perfectly even, and a balance
@@ -162,7 +164,7 @@ class RoutingEvaluation(ShownAsTable):
     @property
     def balanced_perplexity(self) -> float:
         """exp(CE) * exp(beta * (1 - B)), with B averaged over layers."""
-        return balanced_perplexity(self.cross_entropy, self.balance, self.beta)
+        return float(balanced_perplexity(self.cross_entropy, self.balance, self.beta))
 
     def rows(self) -> list[dict]:
         """The load report's rows, each layer's with its balance loss."""
@@ -181,7 +183,7 @@ class RoutingEvaluation(ShownAsTable):
 
 @torch.no_grad()
 def evaluate_routing(
-    model, stream, *, batch_size: int = 32, seq_len: int | None = None, beta: float = 1.0
+    model: nn.Module, stream: TokenStream, *, batch_size: int = 32, seq_len: int | None = None, beta: float = 1.0
 ) -> RoutingEvaluation:
     """Cross-entropy, load, balance and confidence over a whole stream, in one pass and in eval mode.
 
@@ -190,19 +192,19 @@ def evaluate_routing(
     counted. The balance loss is that of the whole set: batch by batch it comes out higher, because small batches are
     less even. Raises ValueError for a dense model.
     """
-    model = as_decoder_lm(model, seq_len)
-    layers = model.config.moe_layers
+    lm = as_decoder_lm(model, seq_len)
+    layers = lm.config.moe_layers
     if not layers:
         raise ValueError("the model is dense: it has no router to evaluate; upcycle it first, or use evaluate()")
-    num_experts, top_k = model.config.moe.num_experts, model.config.moe.top_k
-    device = next(model.parameters()).device
+    num_experts, top_k = lm.config.moe.num_experts, lm.config.moe.top_k
+    device = next(lm.parameters()).device
     counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.float64)
     probability_LE, confidence_L2 = torch.zeros_like(counts_LE), torch.zeros(len(layers), 2, dtype=torch.float64)
     total, tokens = 0.0, 0
-    with evaluating(model):
-        for tokens_BT, targets_BT in stream.windows(batch_size, seq_len or model.config.seq_len):
+    with evaluating(lm):
+        for tokens_BT, targets_BT in stream.windows(batch_size, seq_len or lm.config.seq_len):
             real_N = (targets_BT != IGNORE).flatten().to(device)
-            out = model(tokens_BT.to(device), targets_BT.to(device))
+            out = lm(tokens_BT.to(device), targets_BT.to(device))
             count = int(real_N.sum())
             total, tokens = total + out.loss.item() * count, tokens + count
             for i, routing in enumerate(out.routings):

@@ -15,9 +15,11 @@ not recorded.
 from __future__ import annotations
 
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +31,16 @@ from .hf_routers import FoundRouter, find_routers, unpack
 from .trace import FIELDS, PER_LAYER, PER_TOKEN, RoutingTrace, Store
 
 MIB = 2**20
+Decision = tuple[Tensor, Tensor, Tensor, Tensor]  # logits_NE, probabilities_NE, expert_ids_NK, weights_NK
 
 
 @contextmanager
-def record_routing(model: nn.Module, *, memory_limit: int = 256 * MIB, directory=None) -> Iterator[RoutingTrace]:
+def record_routing(
+    model: nn.Module, *, memory_limit: int = 256 * MIB, directory: str | os.PathLike | None = None
+) -> Iterator[RoutingTrace]:
     """Record the routing of every forward of `model` inside the context; the yielded trace grows with each.
 
-    Works for `DecoderLM` and the transformers classes of `router_rules.RULES`, also wrapped, in training and
+    Works for `DecoderLM` and the transformers classes of `hf_routers.RULES`, also wrapped, in training and
     evaluation, in any dtype and on any device; changes no output. Tokens whose `attention_mask` (B, T) is 0 are left
     out. Forwards with a key/value cache continue their sequences. A trace of more than `memory_limit` bytes moves to a
     temporary folder (inside `directory`, if given) that is deleted with it. A `DecoderLM` compiled by
@@ -59,12 +64,12 @@ def record_routing(model: nn.Module, *, memory_limit: int = 256 * MIB, directory
 
 def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], store: Store) -> list:
     """One hook on the model's output, which carries a Routing per layer; outside of what torch.compile has compiled."""
-    _refuse_compiled(model)
+    refuse_compiled(model)
     names = list(inspect.signature(DecoderLM.forward).parameters)[1:]  # a wrapper's own are (*args, **kwargs)
     sequences = _Sequences()
 
     @_outside_of_autograd
-    def record(module, args, kwargs, output):
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not isinstance(output, LMOutput):
             raise ValueError(f"{type(module).__name__} returned no LMOutput; give record_routing the DecoderLM itself")
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -82,19 +87,19 @@ def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], store: Stor
 def _record_transformers(model: nn.Module, routers: list[FoundRouter], store: Store) -> list:
     """Hooks on the routers, and on each module that contains all layers: the outermost one called is the forward."""
     for module in model.modules():
-        _refuse_compiled(module, also="OptimizedModule")
-    forward = _Forward()
+        refuse_compiled(module, also="OptimizedModule")
+    forward = Forward()
     sequences = _Sequences()
 
-    def enter(module, args, kwargs):
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if forward.module in (None, module):  # or left over from a forward that did not end
             forward.begin(module)
             for router, handle in zip(routers, collectors, strict=True):  # behind hooks that came later and change it
                 router.module._forward_hooks.move_to_end(handle.id)
         forward.see(dict(zip(names[module], args, strict=False)) | kwargs)
 
-    def collect(router):
-        def hook(module, args, output):
+    def collect(router: FoundRouter) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if forward.module is not None:
                 if router.layer in forward.decisions:
                     raise ValueError(f"{router.name} was called twice in one forward; such models cannot be recorded")
@@ -103,7 +108,7 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], store: St
         return hook
 
     @_outside_of_autograd
-    def leave(module, args, kwargs, output):
+    def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if forward.module is not module:
             return
         forward.module = None
@@ -129,25 +134,29 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], store: St
             decisions.append((logits_NE, router.probabilities(logits_NE), expert_ids_NK, weights_NK))
         _append(store, routers, decisions, tokens_BT, shape, forward.mask_BS, first, forward.past)
 
-    containers = _containers(model, routers)
-    names = {module: [*inspect.signature(module.forward).parameters] for module in containers}
+    around = containers_of(model, [router.name for router in routers])
+    names = {module: [*inspect.signature(module.forward).parameters] for module in around}
     collectors = [router.module.register_forward_hook(collect(router)) for router in routers]
     return [
         *collectors,
-        *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in containers],
-        *[module.register_forward_hook(leave, with_kwargs=True, always_call=True) for module in containers],
+        *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in around],
+        *[module.register_forward_hook(leave, with_kwargs=True, always_call=True) for module in around],
     ]
 
 
-class _Forward:
+class Forward:
     """What is known of the forward in progress; `module` is None between forwards."""
 
-    module = None
+    module: nn.Module | None = None
 
     def begin(self, module: nn.Module) -> None:
         self.module = module
-        self.decisions, self.past = {}, 0
-        self.tokens_BT = self.shape = self.mask_BS = self.cache = None
+        self.decisions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.tokens_BT: Tensor | None = None
+        self.shape: tuple[int, ...] | None = None
+        self.mask_BS: Tensor | None = None
+        self.cache: Any = None
+        self.past = 0
 
     def see(self, given: dict) -> None:
         """Take from one module's arguments what no outer one was given."""
@@ -170,7 +179,7 @@ class _Sequences:
         self.count = 0
         self.of_cache = weakref.WeakKeyDictionary()  # cache -> (number of its first row, rows)
 
-    def first_of(self, cache, past: int, rows: int) -> int:
+    def first_of(self, cache: Any, past: int, rows: int) -> int:
         """The number of the first of `rows` sequences, of which `past` tokens lie in the cache."""
         first, known_rows = self.of_cache.get(cache, (0, 0)) if past else (0, 0)
         if known_rows != rows:
@@ -179,13 +188,22 @@ class _Sequences:
         self.remember(cache, first, rows)
         return first
 
-    def remember(self, cache, first: int, rows: int) -> None:
+    def remember(self, cache: Any, first: int, rows: int) -> None:
         if cache is not None:
             self.of_cache[cache] = (first, rows)
 
 
-def _append(store, routers, decisions, tokens_BT, shape, mask_BS, first: int, past: int) -> None:
-    """Store one forward: `decisions` has (logits, probabilities, expert ids, weights) of each layer."""
+def _append(
+    store: Store,
+    routers: list[FoundRouter],
+    decisions: list[Decision],
+    tokens_BT: Tensor | None,
+    shape: tuple[int, ...],
+    mask_BS: Tensor | None,
+    first: int,
+    past: int,
+) -> None:
+    """Store one forward, of which `decisions` has a Decision for each layer."""
     batch, length = shape
     sizes = [(logits_NE.shape[0], logits_NE.shape[1], ids_NK.shape[1]) for logits_NE, _, ids_NK, _ in decisions]
     for router, (rows, experts, top_k) in zip(routers, sizes, strict=True):
@@ -215,12 +233,12 @@ def _append(store, routers, decisions, tokens_BT, shape, mask_BS, first: int, pa
     store.append({name: values.to("cpu", FIELDS[name], copy=name in PER_TOKEN) for name, values in chunk.items()})
 
 
-def _containers(model: nn.Module, routers: list[FoundRouter]) -> list[nn.Module]:
-    """The modules around the list of blocks: the model, and inside it what a user may call instead."""
-    path = routers[0].name.split(".")
+def containers_of(model: nn.Module, names: list[str]) -> list[nn.Module]:
+    """The modules around the blocks that hold modules of these names: the model, and what may be called instead."""
+    path = names[0].split(".")
     depth = next((i for i, part in enumerate(path) if part.isdigit()), 0)
-    names = [".".join(path[:i]) for i in range(depth + 1)]
-    return [model.get_submodule(name) for name in names if all(r.name.startswith(name) for r in routers)]
+    around = [".".join(path[:i]) for i in range(depth + 1)]
+    return [model.get_submodule(outer) for outer in around if all(name.startswith(outer) for name in names)]
 
 
 def _outside_of_autograd(hook: Callable) -> Callable:
@@ -228,7 +246,7 @@ def _outside_of_autograd(hook: Callable) -> Callable:
     return torch.inference_mode(False)(torch.no_grad()(hook))
 
 
-def _refuse_compiled(module: nn.Module, also: str = "") -> None:
+def refuse_compiled(module: nn.Module, also: str = "") -> None:
     """Compiled code may leave out hooks that were registered after it was made."""
     if module._compiled_call_impl is not None or type(module).__name__ == also:
         raise ValueError(

@@ -9,15 +9,17 @@ Shapes: S snapshots, L MoE layers, N tokens of the probe (B windows of T), E exp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.model import evaluating
+from ..core.model import DecoderLM, evaluating
 from ..core.routing import refuse_varying_choices
 from ..files import FORMAT, read_tensors, write_tensors
+from .trace import RoutingTrace
 
 
 class RoutingSnapshots:
@@ -35,7 +37,14 @@ class RoutingSnapshots:
     - domains, labels (N,): the names in order of appearance, and each token's number among them; one name if none given
     """
 
-    def __init__(self, probe_BT: Tensor, path=None, *, every: int = 50, labels: Sequence[str] | None = None):
+    def __init__(
+        self,
+        probe_BT: Tensor,
+        path: str | os.PathLike | None = None,
+        *,
+        every: int = 50,
+        labels: Sequence[str] | None = None,
+    ):
         if every < 1:
             raise ValueError(f"every={every} is no number of updates; choose at least 1")
         labels = ["probe"] * len(probe_BT) if labels is None else list(labels)
@@ -51,7 +60,7 @@ class RoutingSnapshots:
                 self.layers, self._kept = earlier.layers, earlier._kept
 
     @classmethod
-    def load(cls, path) -> RoutingSnapshots:
+    def load(cls, path: str | os.PathLike) -> RoutingSnapshots:
         """The snapshots in a file. Raises FileNotFoundError, and ValueError for a file that is not one of these."""
         tensors, header = read_tensors(path)
         try:
@@ -66,7 +75,7 @@ class RoutingSnapshots:
         return step % self.every == 0 or (step < self.every and step.bit_count() == 1)
 
     @torch.no_grad()
-    def __call__(self, step: int, model, row: dict | None = None) -> None:
+    def __call__(self, step: int, model: DecoderLM, row: dict | None = None) -> None:
         """Record one snapshot of a DecoderLM. Raises ValueError for a dense model and where K varies."""
         with evaluating(model):
             routings = model(self.probe_BT.to(next(model.parameters()).device)).routings
@@ -89,10 +98,8 @@ class RoutingSnapshots:
             header = {"format": FORMAT, "layers": self.layers, "labels": self.window_labels, "every": self.every}
             write_tensors(self.path, self._kept | {"probe_BT": self.probe_BT}, header)
 
-    def trace(self, index: int):
+    def trace(self, index: int) -> RoutingTrace:
         """Snapshot number `index` as a RoutingTrace; its logits are log probabilities, right but for a shift."""
-        from .trace import RoutingTrace
-
         probabilities_LNE = self.probabilities[index]
         return RoutingTrace(
             layers=self.layers,

@@ -6,16 +6,19 @@ Shapes: L MoE layers, N tokens, E experts, K experts per token.
 from __future__ import annotations
 
 import html
-import json
+import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import write_tensors
+from ..core.routing import count_ids
+from ..files import FORMAT, read_tensors, write_tensors
+from ..tables import Table
 
 # Field -> dtype. The first four are (L, N, ...), the others (N,).
 PER_LAYER = {
@@ -34,7 +37,7 @@ class Store:
     In a file the tokens come first, (N, L, ...), so that a chunk is appended; a reader gets (L, N, ...) all the same.
     """
 
-    def __init__(self, memory_limit: float, directory=None):
+    def __init__(self, memory_limit: float, directory: str | os.PathLike | None = None):
         self.memory_limit, self.directory = memory_limit, directory
         self.chunks: dict[str, list[Tensor]] = {name: [] for name in FIELDS}
         self.sizes: dict[str, tuple[int, int]] = {}  # (L, E) or (L, K) of the fields per layer
@@ -72,12 +75,11 @@ class Store:
                 self.chunks[name] = [torch.cat(self.chunks[name], dim=1 if name in PER_LAYER else 0)]
             return self.chunks[name][0]
         self._flush()
-        layers, size = self.sizes.get(name, (None, None))
-        shape = (self.length,) if layers is None else (self.length, layers, size)
-        dtype = np.float32 if FIELDS[name] is torch.float32 else np.int64
+        dtype = "f4" if FIELDS[name] is torch.float32 else "i8"
         # "c": what a reader writes into its tensor stays in its memory and never reaches the file
-        mapped = torch.from_numpy(np.memmap(self._file(name), dtype=dtype, mode="c", shape=shape))
-        return mapped if layers is None else mapped.transpose(0, 1)
+        shape = (self.length, *self.sizes.get(name, ()))
+        mapped = torch.from_numpy(np.memmap(self._file(name), dtype, "c", shape=shape))
+        return mapped.transpose(0, 1) if name in PER_LAYER else mapped
 
     def close(self) -> None:
         self.closed = True
@@ -108,6 +110,7 @@ class Store:
         self.resident_bytes = 0
 
     def _file(self, name: str) -> Path:
+        assert self.folder is not None
         return Path(self.folder.name) / f"{name}.bin"
 
 
@@ -134,14 +137,17 @@ class RoutingTrace:
     sequence = _field("sequence", "(N,) int64: running number of the token's sequence, over all forwards.")
     position = _field("position", "(N,) int64: the token's place in its sequence, padding not counted.")
 
-    def __init__(self, *, layers, logits, probabilities, expert_ids, weights, tokens, sequence, position):
+    def __init__(
+        self, *, layers: Iterable[int], logits: Any, probabilities: Any, expert_ids: Any, weights: Any,
+        tokens: Any, sequence: Any, position: Any,
+    ):  # fmt: skip
         """A trace from arrays or tensors with the shapes and dtypes of the fields; `layers` are the L block indices.
 
         Raises ValueError when shapes do not fit each other.
         """
-        given = dict(logits=logits, probabilities=probabilities, expert_ids=expert_ids, weights=weights)
-        given |= dict(tokens=tokens, sequence=sequence, position=position)
-        fields = {name: torch.as_tensor(value).detach().to("cpu", FIELDS[name]) for name, value in given.items()}
+        given = (logits, probabilities, expert_ids, weights, tokens, sequence, position)
+        typed = zip(FIELDS.items(), given, strict=True)
+        fields = {name: torch.as_tensor(value).detach().to("cpu", dtype) for (name, dtype), value in typed}
         self.layers = tuple(int(layer) for layer in layers)
         n = len(fields["tokens"])
         for name, tensor in fields.items():
@@ -156,7 +162,7 @@ class RoutingTrace:
         self._store.append(fields)
 
     @classmethod
-    def _recording(cls, layers, store: Store) -> RoutingTrace:
+    def _recording(cls, layers: Iterable[int], store: Store) -> RoutingTrace:
         trace = cls.__new__(cls)
         trace.layers, trace._store = tuple(layers), store
         return trace
@@ -173,7 +179,7 @@ class RoutingTrace:
     def top_k(self) -> int:
         return self.expert_ids.shape[-1]
 
-    def select(self, keep_N) -> RoutingTrace:
+    def select(self, keep_N: Any) -> RoutingTrace:
         """The trace, in memory, of some tokens: `keep_N` is a mask of N booleans, or token indices."""
         keep = torch.as_tensor(keep_N)
         if keep.dtype == torch.bool and keep.shape != (len(self),):
@@ -184,23 +190,19 @@ class RoutingTrace:
         fields = {name: getattr(self, name)[:, keep] for name in PER_LAYER}
         return RoutingTrace(layers=self.layers, **fields, **{name: getattr(self, name)[keep] for name in PER_TOKEN})
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically. Raises ValueError for an empty trace, OSError for a full disk."""
-        write_tensors(path, {name: getattr(self, name) for name in FIELDS}, {"routing_trace": 1, "layers": self.layers})
+        write_tensors(path, {name: getattr(self, name) for name in FIELDS}, {"format": FORMAT, "layers": self.layers})
 
     @classmethod
-    def load(cls, path) -> RoutingTrace:
+    def load(cls, path: str | os.PathLike) -> RoutingTrace:
         """Read a file of `save`. Raises FileNotFoundError, and ValueError for a damaged or foreign file."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no trace {path}; trace.save(path) writes one")
+        what = "trace of RoutingTrace.save"
+        tensors, header = read_tensors(path, what, "trace.save(path) writes one")
         try:
-            with safe_open(path, framework="pt") as file:
-                layers = json.loads((file.metadata() or {})["upcycling"])["layers"]
-                return cls(layers=layers, **{name: file.get_tensor(name).clone() for name in FIELDS})
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}): it is damaged or not a trace of RoutingTrace.save"
-            ) from error
+            return cls(layers=header["layers"], **{name: tensors[name] for name in FIELDS})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): it is damaged or not a {what}") from error
 
     def close(self) -> None:
         """Free the memory and delete the temporary files; happens by itself when the trace is garbage-collected."""
@@ -209,7 +211,7 @@ class RoutingTrace:
     def __enter__(self) -> RoutingTrace:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -224,13 +226,12 @@ class RoutingTrace:
 
     def _repr_html_(self) -> str:
         """One row per layer: the busiest expert's load over the mean load, and how many experts got no token."""
-        title = html.escape(repr(self))
+        title = repr(self)
         if self._store.closed or not len(self):
-            return f"<p>{title}</p>"
+            return f"<p>{html.escape(title)}</p>"
         rows = []
         for layer, expert_ids_NK in zip(self.layers, self.expert_ids, strict=True):
-            counts_E = torch.bincount(expert_ids_NK.flatten(), minlength=self.num_experts)
-            ratio, dead = counts_E.max() / counts_E.float().mean(), int((counts_E == 0).sum())
-            rows.append(f"<tr><td>{layer}</td><td>{ratio:.2f}</td><td>{dead}</td></tr>")
-        head = "<tr><th>layer</th><th>largest load / mean</th><th>experts without a token</th></tr>"
-        return f"<table><caption>{title}</caption><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+            counts_E = count_ids(expert_ids_NK, self.num_experts)
+            ratio, unused = float(counts_E.max() / counts_E.float().mean()), int((counts_E == 0).sum())
+            rows.append({"layer": layer, "largest load / mean": ratio, "experts without a token": unused})
+        return Table(rows, formats={"largest load / mean": ".2f"}, above=[title])._repr_html_()

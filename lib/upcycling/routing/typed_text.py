@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..core.model import evaluating
 from ..text.tokenizer import encode_prompt
@@ -18,7 +20,7 @@ from .record import record_routing
 from .trace import RoutingTrace
 
 
-def encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
     """The ids of `text`, with what the tokenizer puts before a text. Raises ValueError where it cannot encode it."""
     if not text:
         raise ValueError("there is no text; type some, or choose an example")
@@ -33,7 +35,7 @@ def encode(tokenizer, text: str) -> list[int]:
         raise ValueError("the text holds half of a surrogate pair, which is no character; delete it") from None
 
 
-def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each id stands for, its leading space included; `[id]` where the tokenizer has no such token."""
     to_token = getattr(tokenizer, "id_to_token", None) or tokenizer.convert_ids_to_tokens
     texts = []
@@ -48,7 +50,7 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def route_text(model, tokenizer, text: str, max_tokens: int = 256) -> tuple[RoutingTrace, list[str]]:
+def route_text(model: Any, tokenizer: Any, text: str, max_tokens: int = 256) -> tuple[RoutingTrace, list[str]]:
     """How `model` routes `text`, and the text of each token.
 
     Raises ValueError, one sentence, for a text that is empty, cannot be encoded or does not fit.
@@ -65,17 +67,17 @@ def route_text(model, tokenizer, text: str, max_tokens: int = 256) -> tuple[Rout
     return trace, token_texts(tokenizer, ids)
 
 
-def check_ids(model, ids: Sequence[int]) -> None:
+def check_ids(model: Any, ids: Sequence[int]) -> None:
     size = model.config.vocab_size
     if max(ids) >= size:
         raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {size}; is this its tokenizer?")
 
 
-def device_of(model):
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def twin(model):
+def twin(model: nn.Module) -> Any:
     """A copy of `model` that shares its weights, in eval mode: to run and to change while others use `model`."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared).eval()
