@@ -72,3 +72,18 @@ def test_the_evening_path_is_in_readme_in_order_with_its_lines():
     assert [path for path, _ in rows] == PATH
     stale = [path for path, stated in rows if abs(int(stated) - lines(LIBRARY / path)) > 20]
     assert stale == [], "give their lines anew, rounded to tens"
+
+
+def test_the_links_in_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target}
+    assert len(targets) > 20
+    assert [target for target in sorted(targets) if not (ROOT / target).exists()] == []
+
+
+def test_the_modules_that_readme_says_a_notebook_shows_exist():
+    rows = re.findall(r"^\| \d\d \|.*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    named = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(rows) == len(list((ROOT / "notebooks").glob("*.ipynb"))) and len(named) > 15
+    paths = [LIBRARY / name.replace(".", "/") for name in named]
+    assert [str(path) for path in paths if not (path.is_dir() or path.with_suffix(".py").exists())] == []
