@@ -436,7 +436,8 @@ def test_a_whole_comparison(tmp_path, monkeypatch, capsys):
     same = Arm("of another name", replace(TINY.moe), Copy())
     assert series.train_arm(same, 1, 4, **quiet)[1].final_loss == kept["upcycled MoE", "seconds"]
     assert series.dense_control(1, 6, **quiet)[1].final_loss == kept["dense control", "seconds"]
-    assert series.moe_from_scratch(7, 1, **quiet)[1].final_loss == kept["MoE from scratch", "tokens"]
+    scratch = Arm("of another name", TINY.moe, start="scratch")
+    assert series.train_arm(scratch, 1, 7, **quiet)[1].final_loss == kept["MoE from scratch", "tokens"]
     assert runs(tmp_path) == before, "they are the runs that the series keeps, made once"
 
 

@@ -11,6 +11,7 @@ from tiny import SHORT, TINY
 
 from upcycling.core.config import ModelConfig
 from upcycling.core.model import DecoderLM
+from upcycling.experiments.arms import Arm
 from upcycling.experiments.presets import PRESETS
 from upcycling.experiments.series import Series, artifacts_dir, load_series, new_model
 from upcycling.text.corpus import entropy_floor, load_corpus
@@ -105,7 +106,7 @@ def test_each_run_is_what_it_says():
     series = load_series("tiny")
     parent, first = series.dense_parent(**QUIET)
     control, second = series.dense_control(seed=5, steps=2, **QUIET)
-    scratch, third = series.moe_from_scratch(steps=2, seed=5, **QUIET)
+    scratch, third = series.train_arm(Arm("scratch", TINY.moe, start="scratch"), 5, 2, **QUIET)
     assert [result.history[-1]["step"] for result in (first, second, third)] == [3, 2, 2]
     assert second.history[0]["val_loss"] == pytest.approx(first.final_loss), "the control goes on from the parent"
     assert control.config == parent.config == TINY.model

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from ..files import write_text
+from ..tables import Table
 
 CASES = ("layer", "scaling", "step", "generation", "tokenizing", "recording")
 
@@ -118,20 +119,24 @@ def compared(
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """The comparisons as text, a line each, a heading for each setting."""
-    rows, headings = [("ours", "peer", "ratio", "of", "middle half", "goal", "")], {}
-    for c in comparisons:
-        if (c.case, c.setting) not in headings.values():
-            headings[len(rows)] = (c.case, c.setting)
-        sign = "<=" if c.measure == "time" else ">="
-        goal, verdict = ("", "") if c.goal is None else (f"{sign} {c.goal:.2f}", "reached" if c.reached else "MISSED")
-        spread = f"{c.lower_quartile:.2f}-{c.upper_quartile:.2f}"
-        rows.append((c.name, c.peer, f"{c.ratio:.3f}", c.measure, spread, goal, verdict))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        if number in headings:
-            lines += ["", ": ".join(headings[number])]
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = [
+        {
+            "ours": c.name,
+            "peer": c.peer,
+            "ratio": c.ratio,
+            "of": c.measure,
+            "middle half": f"{c.lower_quartile:.2f}-{c.upper_quartile:.2f}",
+            "goal": "" if c.goal is None else f"{'<=' if c.measure == 'time' else '>='} {c.goal:.2f}",
+            "": "" if c.goal is None else "reached" if c.reached else "MISSED",
+        }
+        for c in comparisons
+    ]
+    header, *shown = str(Table(rows, left=True, strip=True)).splitlines()
+    lines, heading = [header], None
+    for comparison, line in zip(comparisons, shown, strict=True):
+        if heading != (heading := f"{comparison.case}: {comparison.setting}"):
+            lines += ["", heading]
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -30,7 +30,8 @@ from ..checks import IGNORE
 from ..routing.intervention import domain_losses, intervene, knockout
 from ..routing.metrics import Baseline, domain_divergence, domain_specialization, router_saturation, shuffled_baseline
 from ..routing.record import record_routing
-from .results import mean_and_spread
+from ..tables import Table
+from .results import mean_and_spread, plus_minus
 from .series import Series
 from .store import begin, save
 from .workers import one_thread
@@ -179,14 +180,13 @@ def table(result: dict) -> str:
                 f"    without expert {row['expert']} of layer {row['layer']} {row['domain']} loses {row['delta']:.4f} "
                 f"nats, {row['margin']:.4f} ± {row['error']:.4f} more than the next domain"
             )
+    costs = [
+        {name.replace("_", " "): value if name == "domain" else plus_minus(*value) for name, value in row.items()}
+        for row in summarize(result)
+    ]
     lines += ["", "what removal costs, nats per token, mean ± standard deviation over seeds:"]
-    rows = summarize(result)
-    names = [name for name in rows[0] if name != "domain"]
-    lines.append(f"{'domain':<12}" + "".join(f"{name.replace('_', ' '):>20}" for name in names))
-    for row in rows:
-        cells = "".join(f"{row[name][0]:>11.4f} ± {row[name][1]:.4f}" for name in names)
-        lines.append(f"{row['domain']:<12}{cells}")
-    return "\n".join(lines)
+    widths = dict.fromkeys(costs[0], 20) | {"domain": 12}
+    return str(Table(costs, left=["domain"], width=widths, gap="", above=lines))
 
 
 def _numbers(values, digits: int = 3) -> str:

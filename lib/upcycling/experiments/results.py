@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from ..tables import Table
 from .arms import DENSE
 from .budgets import BUDGETS
 
@@ -77,16 +78,18 @@ def margin(result: dict, budget: str, arm: str | None = None, rival: str | None 
 
 def table(result: dict) -> str:
     """The losses as text, a line for each budget and arm, with the gap to the entropy floor where that is known."""
-    floor, rows = result["floor"], summarize(result)
-    width = max([17, *(len(row["arm"]) for row in rows)])
-    lines = [f"{'equal':<8} {'arm':<{width}} {'updates':>7}  {'val loss':>8}  {'± seeds':>7}  {'above floor':>11}"]
-    for row in rows:
-        gap = "" if floor is None else f"{row['mean'] - floor:.3f}"
-        lines.append(
-            f"{row['budget']:<8} {row['arm']:<{width}} {row['updates']:>7}  "
-            f"{row['mean']:>8.3f}  {row['spread']:>7.4f}  {gap:>11}"
-        )
-    return "\n".join(lines)
+    rows = [
+        {
+            "equal": row["budget"],
+            "arm": row["arm"],
+            "updates": row["updates"],
+            "val loss": row["mean"],
+            "± seeds": row["spread"],
+            "above floor": "" if result["floor"] is None else row["mean"] - result["floor"],
+        }
+        for row in summarize(result)
+    ]
+    return str(Table(rows, left=["equal", "arm"], width={"equal": 7, "arm": 16}, formats={"± seeds": ".4f"}))
 
 
 def overview(result: dict) -> str:
@@ -95,33 +98,26 @@ def overview(result: dict) -> str:
     The routing is that of the first budget, means over the seeds: the highest load of any layer, dead experts of all
     layers together, and means over layers of JSD (bits), experts per token and the fraction of dropped choices.
     """
-    summary = summarize(result)
+    summary, control = summarize(result), result.get("control", DENSE.name)
     budgets = list(dict.fromkeys(row["budget"] for row in summary))
-    control = result.get("control", DENSE.name)
-    lines = []
-    for arm in dict.fromkeys(row["arm"] for row in summary):
-        line = {"arm": arm}
-        for row in summary:
-            if row["arm"] == arm:
-                line[f"equal {row['budget']}"] = _plus_minus(row["mean"], row["spread"])
-                if arm != control:
-                    line[f"{row['budget']}: from dense"] = _plus_minus(row["difference"], row["paired_spread"], "+")
-        lines.append(line | _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])]))
-    columns = ["arm"]
-    for budget in budgets:
-        columns += [f"equal {budget}", f"{budget}: from dense"]
-    columns += list(_routing_cells([]))
-    columns = [name for name in columns if any(line.get(name) for line in lines)]
-    cells = [columns] + [[line.get(name, "") for name in columns] for line in lines]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    cells.insert(1, ["-" * width for width in widths])
-    text = "\n".join("| " + " | ".join(c.ljust(width) for c, width in zip(row, widths)) + " |" for row in cells)
+    lines = {row["arm"]: {"arm": row["arm"]} for row in summary}
+    columns = ["arm", *(name for budget in budgets for name in (f"equal {budget}", f"{budget}: from dense"))]
+    for row in summary:
+        line = lines[row["arm"]]
+        line[f"equal {row['budget']}"] = plus_minus(row["mean"], row["spread"])
+        if row["arm"] != control:
+            line[f"{row['budget']}: from dense"] = plus_minus(row["difference"], row["paired_spread"], "+")
+    for arm, line in lines.items():
+        line |= _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])])
+    columns = [name for name in [*columns, *_routing_cells([])] if any(line.get(name) for line in lines.values())]
+    text = Table(lines.values(), columns).markdown()
     if "shared_within" in result and len(budgets) > 1:
         text += f"\n\nBudgets whose updates differ by no more than {result['shared_within']:.0%} share one run."
     return text
 
 
-def _plus_minus(mean: float, spread: float, sign: str = "") -> str:
+def plus_minus(mean: float, spread: float, sign: str = "") -> str:
+    """ "1.2345 ± 0.0123"; a mean alone where there is no spread (NaN), nothing where there is no mean."""
     if mean != mean:
         return ""
     return f"{mean:{sign}.4f}" + ("" if spread != spread else f" ± {spread:.4f}")

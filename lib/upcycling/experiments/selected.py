@@ -23,8 +23,9 @@ from ..core.transfer import upcycle
 from ..routing.load import evaluate_routing
 from ..selection.choose import STRATA, Selection, documents_read, select
 from ..selection.scores import score_documents
+from ..tables import Table
 from ..training.evaluation import evaluate
-from .results import mean_and_spread, paired, values
+from .results import mean_and_spread, paired, plus_minus, values
 from .series import Series, artifacts_dir
 from .store import begin, save
 from .workers import one_thread
@@ -171,9 +172,9 @@ def study(
 
 
 def summarize(result: dict) -> list[dict]:
-    """One row per arm: documents, tokens, and (mean, spread over seeds) of the loss, of B, and of what they and each
+    """One row per arm: documents, and (mean, spread over seeds) of the loss, of B (None for a dense arm), and of what
 
-    domain's loss differ from random at the same seed (`difference`, `per_domain`; None for the balance of a dense arm).
+    they (`difference`) and each domain's loss (`per_domain`) differ from random at the same seed.
     """
 
     def mean(arm: str, measure: str) -> tuple[float, float]:
@@ -185,9 +186,7 @@ def summarize(result: dict) -> list[dict]:
     return [
         {
             "arm": arm,
-            "seeds": len(values(result, arm)),
             "documents": mean(arm, "documents")[0],
-            "tokens": mean(arm, "tokens")[0],
             "loss": mean(arm, "val_loss"),
             "balance": None if None in values(result, arm, "balance").values() else mean(arm, "balance"),
             "difference": difference(arm),
@@ -199,26 +198,21 @@ def summarize(result: dict) -> list[dict]:
 
 def table(result: dict) -> str:
     """The result as text: a line for each arm, then what each domain's loss differs from random."""
-    rows = summarize(result)
-    width = max(len(row["arm"]) for row in rows)
-    updates = result["setting"]["updates"]
-    lines = [
-        f"{result['setting']['budget']:,} tokens chosen, {updates} updates, {len({r['seed'] for r in result['rows']})} "
-        f"seeds; the parent's loss {result['parent_loss']:.4f}",
-        f"{'arm':<{width}}  documents  val loss  ± seeds  less random  ± seeds       B",
-    ]
-    for row in rows:
-        balance = "" if row["balance"] is None else f"{row['balance'][0]:.4f}"
-        difference = f"{row['difference'][0]:>+11.4f}  {row['difference'][1]:>7.4f}" if row["arm"] != REFERENCE else ""
-        lines.append(
-            f"{row['arm']:<{width}}  {row['documents']:>9,.0f}  {row['loss'][0]:>8.4f}  {row['loss'][1]:>7.4f}  "
-            f"{difference:>20}  {balance:>6}".rstrip()
-        )
-    if domains := list(rows[0]["per_domain"]):
-        lines += ["", "loss less random's, nats per token, mean ± spread over seeds:"]
-        lines.append(" " * width + "".join(f"{name:>19}" for name in domains))
-        for row in rows:
-            if row["arm"] != REFERENCE:
-                cells = [f"{row['per_domain'][name][0]:+.4f} ± {row['per_domain'][name][1]:.4f}" for name in domains]
-                lines.append(f"{row['arm']:<{width}}" + "".join(f"{cell:>19}" for cell in cells))
-    return "\n".join(lines)
+    setting, summary, seeds = result["setting"], summarize(result), {row["seed"] for row in result["rows"]}
+    rows, by_domain = [], []
+    for row in summary:
+        line = {"arm": row["arm"], "documents": row["documents"], "val loss": row["loss"][0], "± seeds": row["loss"][1]}
+        if row["arm"] != REFERENCE:
+            line["less random  ± seeds"] = "{:+.4f}  {:>7.4f}".format(*row["difference"])
+            by_domain.append({"": row["arm"]} | {k: plus_minus(*v, "+") for k, v in row["per_domain"].items()})
+        rows.append(line | ({} if row["balance"] is None else {"B": row["balance"][0]}))
+    columns = ["arm", "documents", "val loss", "± seeds", "less random  ± seeds", "B"]
+    formats = {"documents": ",.0f", "val loss": ".4f", "± seeds": ".4f", "B": ".4f"}
+    budget = f"{setting['budget']:,} tokens chosen, {setting['updates']} updates, {len(seeds)} seeds"
+    above = [f"{budget}; the parent's loss {result['parent_loss']:.4f}"]
+    text = str(Table(rows, columns, left=["arm"], width={"B": 6}, formats=formats, strip=True, above=above))
+    if domains := summary[0]["per_domain"]:
+        width = {"": max(len(row["arm"]) for row in rows)} | dict.fromkeys(domains, 19)
+        above = ["\n\nloss less random's, nats per token, mean ± spread over seeds:"]
+        text += str(Table(by_domain, ["", *domains], left=[""], width=width, gap="", above=above))
+    return text

@@ -211,20 +211,15 @@ class Series:
             result = train(model, self.train_stream, self.validation_stream, config, directory=folder, **options)
         return model, result, snapshots
 
-    def moe_from_scratch(self, steps: int, seed: int = 0, **options) -> tuple[DecoderLM, TrainResult]:
-        """An MoE of the same shape that never had a parent, trained for `steps` updates in one phase."""
-        model = new_model(replace(self.preset.model, moe=self.preset.moe), seed)
-        return model, self.trained(model, replace(self.preset.dense, seed=seed, steps=steps), "moe-scratch", **options)
-
     def arm(self, arm: Arm, seed: int = 0) -> DecoderLM:
-        """The model that an arm of `upcycling.compare` begins with; `seed` draws the routers, or all from scratch."""
+        """The model that an arm of `experiments.compare` begins with; `seed` draws the routers, or all from scratch."""
         if arm.start == "scratch":
             return new_model(replace(self.preset.model, moe=arm.moe), seed)
         model, _ = self.dense_parent(verbose=False, progress=False)
         return model if arm.moe is None else upcycle(model, arm.moe, init=arm.init, seed=seed)
 
     def train_arm(self, arm: Arm, seed: int, steps: int, **options) -> tuple[DecoderLM, TrainResult]:
-        """An arm trained for `steps` updates; the same runs as `moe`, `dense_control`, `moe_from_scratch` make."""
+        """An arm trained for `steps` updates; the same runs as `moe` and `dense_control` make."""
         ours = (self.preset.moe, Copy(), "parent", self.preset.sparse.steps)
         if (arm.moe, initialisation(arm.init), arm.start, steps) == ours:
             return self.moe(seed, **options)  # which keeps the routing's snapshots, too
