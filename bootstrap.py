@@ -52,7 +52,7 @@ COMMANDS = {  # name -> arguments of the environment's Python
     "lab": ["-m", "jupyterlab", str(ROOT / "notebooks" / "00_start_here.ipynb")],
     "run": [str(ROOT / "tools" / "run_notebooks.py")],
     "test": [str(ROOT / "tools" / "run_tests.py")],
-    "bench": ["-m", "upcycling.bench"],
+    "bench": ["-m", "upcycling", "bench"],
     "notebooks": [str(ROOT / "tools" / "run_notebooks.py"), "--save"],
 }
 

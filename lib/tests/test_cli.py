@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 from upcycling import cli  # noqa: E402
 from upcycling.hf import inspection  # noqa: E402
 from upcycling.hf.weight_files import WeightFiles  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +186,20 @@ def test_help_comes_without_the_heavy_libraries():
     for arguments in (["--help"], ["continue", "--help"], ["compare", "--seeds", "x"]):
         command = [sys.executable, "-c", script.replace("HEAVY", str(heavy)), *arguments]
         assert subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_that_is_printed_is_understood(run):
+    """In README and in notebooks: its verb, or its former module, and each of its options."""
+    texts = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.ipynb")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in texts)
+    commands = re.findall(r"python -m upcycling(?:\.(\w+))?((?: +[\w./{}-]+)*)", text)
+    assert len(commands) > 15
+    old = {"compare": "compare", "continued": "continue", "knockouts": "knockouts", "selected": "select"}
+    for module, words in commands:
+        words = words.split()
+        verb = old.get(module, module) or (words[0] if words and words[0] in cli.VERBS else "convert")
+        shown = run(verb, "--help")[1]
+        assert all(word in shown for word in words if word.startswith("--")), (module, words)
 
 
 def test_choices_are_those_of_the_library():
