@@ -10,7 +10,7 @@ from upcycling.bench import tokenizing
 from upcycling.bench.measure import Bench
 from upcycling.text import stream_files
 from upcycling.text import tokenizer as tok
-from upcycling.text.stream_files import _one_ahead
+from upcycling.text.stream_files import one_ahead
 
 
 def test_one_ahead_is_in_order_and_only_one_ahead():
@@ -21,16 +21,16 @@ def test_one_ahead_is_in_order_and_only_one_ahead():
         made.append(item)
         return 2 * item
 
-    results = _one_ahead(double, iter(range(5)))
+    results = one_ahead(double, iter(range(5)))
     for number, result in enumerate(results):
         assert result == 2 * number
         assert len(made) <= number + 2
     assert made == list(range(5))
-    assert list(_one_ahead(double, [])) == []
+    assert list(one_ahead(double, [])) == []
 
 
 def test_an_error_ahead_is_raised_when_its_turn_comes():
-    results = _one_ahead(lambda item: 1 // item, [1, 0, 1])
+    results = one_ahead(lambda item: 1 // item, [1, 0, 1])
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -73,7 +73,7 @@ def test_the_bench_compares_the_same_ids(monkeypatch):
     against_batch, against_floor = tokenizing.compare(Bench(rounds=2))
     assert (against_batch.peer, against_batch.goal, against_batch.measure) == (tokenizing.BATCH, 1.0, "speed")
     assert against_floor.peer == tokenizing.FAST and against_floor.ratio > 0
-    framed = tok._framed
-    monkeypatch.setattr(stream_files, "_framed", lambda *arguments: [ids[::-1] for ids in framed(*arguments)])
+    framed = tok.framed
+    monkeypatch.setattr(stream_files, "framed", lambda *arguments: [ids[::-1] for ids in framed(*arguments)])
     with pytest.raises(RuntimeError, match="not those of encode_batch"):
         tokenizing.compare(Bench(rounds=2))

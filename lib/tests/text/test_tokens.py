@@ -85,8 +85,8 @@ def test_training_is_deterministic_and_does_not_depend_on_batches(tokenizer, sma
 
 
 def test_batches_end_after_so_many_documents_or_characters(small_batches):
-    assert [len(batch) for batch in tokenizer_module._batches(iter(make_texts(100)))] == [16] * 6 + [4]
-    assert [len(batch) for batch in tokenizer_module._batches(["x" * 600_000] * 5)] == [2, 2, 1]
+    assert [len(batch) for batch in tokenizer_module.in_batches(iter(make_texts(100)))] == [16] * 6 + [4]
+    assert [len(batch) for batch in tokenizer_module.in_batches(["x" * 600_000] * 5)] == [2, 2, 1]
 
 
 some_text = st.one_of(
@@ -224,15 +224,15 @@ def test_stream_is_opened_not_built_when_it_exists_and_keyed_by_content(tokenize
     )
     assert len({first.key, changed.key, retokenized.key, shifted.key}) == 4
 
-    monkeypatch.setattr(stream_files, "_encode", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(stream_files, "encode_plain", lambda *_: pytest.fail("tokenized again"))
     renamed = as_dataset(texts).rename_column("text", "story")
     again = TokenStream.build(renamed, tokenizer, tmp_path, column="story", progress=False)
     assert again.key == first.key and np.array_equal(again.tokens, first.tokens)
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path, tokenizer, monkeypatch):
-    assert [stream_files._dtype(size) for size in (2**16, 2**16 + 1)] == ["<u2", "<u4"]
-    monkeypatch.setattr(stream_files, "_dtype", lambda _: "<u4")
+    assert [stream_files.id_dtype(size) for size in (2**16, 2**16 + 1)] == ["<u2", "<u4"]
+    monkeypatch.setattr(stream_files, "id_dtype", lambda _: "<u4")
     stream = TokenStream.build(as_dataset(["abc"] * 3), tokenizer, tmp_path, progress=False)
     assert stream.tokens.dtype == np.uint32 and stream.tokens.tolist() == encode_document(tokenizer, "abc") * 3
 
@@ -306,8 +306,8 @@ def test_build_killed_with_sigkill_goes_on_to_the_same_bytes(tokenizer, tmp_path
     assert record["done"] == 48 and torn > 2 * record["tokens"], "the kill must leave bytes that are not recorded"
 
     encoded = []
-    encode = tokenizer_module._encode
-    monkeypatch.setattr(stream_files, "_encode", lambda t, batch: encoded.extend(batch) or encode(t, batch))
+    encode = tokenizer_module.encode_plain
+    monkeypatch.setattr(stream_files, "encode_plain", lambda t, batch: encoded.extend(batch) or encode(t, batch))
     resumed = TokenStream.build(as_dataset(texts), tokenizer, tmp_path, progress=False)
     assert encoded == texts[48:], "a resumed build must tokenize what is missing, no more and no less"
     for name in (f"tokens-{whole.key}.bin", f"tokens-{whole.key}.lengths.npy", f"tokens-{whole.key}.json"):
@@ -373,7 +373,7 @@ def test_full_disk_keeps_what_is_done(tokenizer, tmp_path, small_batches):
 
 
 def test_two_builders_of_one_stream_wait_for_each_other(tokenizer, tmp_path, small_batches, monkeypatch):
-    dataset, encode, encoded, streams = as_dataset(make_texts(200)), tokenizer_module._encode, [], []
+    dataset, encode, encoded, streams = as_dataset(make_texts(200)), tokenizer_module.encode_plain, [], []
     both_in = threading.Barrier(2)
     content_key = stream_files._content_key
 
@@ -383,7 +383,7 @@ def test_two_builders_of_one_stream_wait_for_each_other(tokenizer, tmp_path, sma
         return key
 
     monkeypatch.setattr(stream_files, "_content_key", key_then_meet)
-    monkeypatch.setattr(stream_files, "_encode", lambda t, batch: encoded.extend(batch) or encode(t, batch))
+    monkeypatch.setattr(stream_files, "encode_plain", lambda t, batch: encoded.extend(batch) or encode(t, batch))
 
     def build():
         streams.append(TokenStream.build(dataset, tokenizer, tmp_path, progress=False))
@@ -518,7 +518,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer, tmp_path, monkeypatch
     for bad in ([], [[1]], [0.5]):
         with pytest.raises(ValueError, match="non-empty list of integers"):
             TokenStream.from_ids(bad, vocab_size=10)
-    monkeypatch.setattr(stream_files, "_framed", lambda *_: [[1, 400, 2]])
+    monkeypatch.setattr(stream_files, "framed", lambda *_: [[1, 400, 2]])
     with pytest.raises(ValueError, match=r"token id 400 is outside the vocabulary 0\.\.399"):
         TokenStream.build(as_dataset(["a"]), tokenizer, tmp_path, progress=False)
 

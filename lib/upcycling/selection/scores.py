@@ -11,7 +11,7 @@ import numpy as np
 from ..routing.adapter import context_length
 from ..routing.intervention import token_losses
 from ..text.stream import padded_batch
-from ..text.tokenizer import _batches, bos_eos, encode_documents
+from ..text.tokenizer import bos_eos, encode_documents, in_batches
 from .rows import _length, _plain_tokenizer, _read
 
 WINDOW = 64  # tokens, of `normalized_entropy`
@@ -123,7 +123,7 @@ def score_documents(
     scores = [np.zeros(0)]
     texts = (text for batch in _read(rows, [column]) for text in batch[column])
     with tqdm(total=_length(rows), desc=score, unit="doc", disable=not progress) as bar:
-        for batch in _batches(texts):
+        for batch in in_batches(texts):
             for start in range(0, len(batch), 128):
                 documents = encode_documents(tokenizer, batch[start : start + 128])
                 has_tokens = np.array([len(ids[own]) > 0 for ids in documents])

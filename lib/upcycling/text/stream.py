@@ -1,4 +1,4 @@
-"""Text to token ids, token ids to batches: a byte-level BPE, and a packed stream of tokens on disk.
+"""Token ids to batches: a packed stream of tokens on disk, and the windows that are drawn from it.
 
 A document in a stream is `bos + ids + eos`; documents follow each other without padding. Special tokens mark where a
 document begins and ends, and only that: a text that happens to contain `<|im_end|>` is encoded as ordinary characters.
@@ -17,10 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ..checks import IGNORE
-from .stream_files import _check_ids, _content_key, _dtype, _Files, _texts, _tokenize
-from .tokenizer import _for_plain_text
-
-# ---------------------------------------------------------------------------------------------------- token stream
+from .stream_files import build_files, check_ids, id_dtype
 
 
 class TokenStream:
@@ -53,13 +50,15 @@ class TokenStream:
         ids = np.asarray(ids)
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise ValueError(f"ids must be a non-empty list of integers, not shape {ids.shape} of {ids.dtype}")
-        _check_ids(ids, vocab_size)
-        tokens = ids.astype(_dtype(vocab_size))
+        check_ids(ids, vocab_size)
+        tokens = ids.astype(id_dtype(vocab_size))
         key = hashlib.blake2b(f"{vocab_size}:".encode() + tokens.tobytes(), digest_size=16).hexdigest()
         return cls(tokens, np.array([len(tokens)], dtype="<i8"), vocab_size, key)
 
     @classmethod
-    def build(cls, dataset, tokenizer: Tokenizer, directory, *, column: str = "text", progress: bool = True):
+    def build(
+        cls, dataset, tokenizer: Tokenizer, directory, *, column: str = "text", progress: bool = True
+    ) -> TokenStream:
         """Tokenize one split (a `datasets.Dataset`) into `directory`, or open the stream that is already there.
 
         Three files: `tokens-KEY.bin`, `tokens-KEY.lengths.npy`, and the record `tokens-KEY.json`, which is replaced
@@ -72,32 +71,7 @@ class TokenStream:
         Raises ValueError for a missing column, a split without documents, or a row that is not a text, and OSError
         if the disk is full (what is recorded stays, and the next call goes on from there).
         """
-        from filelock import FileLock
-
-        if column not in dataset.column_names:
-            raise ValueError(f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)}")
-        if len(dataset) == 0:
-            raise ValueError("the split has no documents; a token stream needs at least one")
-        dataset = dataset.with_format(None).select_columns([column])
-        tokenizer = _for_plain_text(tokenizer)
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        files = _Files(directory, _content_key(tokenizer, _texts(dataset, column)))
-        with FileLock(files.lock):
-            record = files.usable_record(len(dataset), tokenizer.get_vocab_size())
-            if record["done"] < len(dataset):
-                try:
-                    record = _tokenize(dataset, tokenizer, column, files, record, progress)
-                except OSError as error:
-                    raise OSError(
-                        error.errno,
-                        f"cannot write the token stream ({error.strerror}); what is done is kept: make room and run "
-                        "this again",
-                        str(files.tokens),
-                    ) from error
-        tokens = np.memmap(files.tokens, dtype=record["dtype"], mode="r", shape=(record["tokens"],))
-        lengths = np.load(files.lengths, mmap_mode="r", allow_pickle=False)
-        return cls(tokens, lengths, record["vocab_size"], files.key)
+        return cls(*build_files(dataset, tokenizer, Path(directory), column, progress))
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -15,9 +15,36 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..files import write_text
-from .tokenizer import _batches, _encode, _framed
+from .tokenizer import encode_plain, for_plain_text, framed, in_batches
 
-# ------------------------------------------------------------------------------------------------ building on disk
+
+def build_files(dataset, tokenizer: Tokenizer, directory: Path, column: str, progress: bool):
+    """What `TokenStream.build` does: (tokens, document_lengths, vocab_size, key), the arrays mapped into memory."""
+    from filelock import FileLock
+
+    if column not in dataset.column_names:
+        raise ValueError(f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)}")
+    if len(dataset) == 0:
+        raise ValueError("the split has no documents; a token stream needs at least one")
+    dataset = dataset.with_format(None).select_columns([column])
+    tokenizer = for_plain_text(tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = _Files(directory, _content_key(tokenizer, _texts(dataset, column)))
+    with FileLock(files.lock):
+        record = files.usable_record(len(dataset), tokenizer.get_vocab_size())
+        if record["done"] < len(dataset):
+            try:
+                record = _tokenize(dataset, tokenizer, column, files, record, progress)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"cannot write the token stream ({error.strerror}); what is done is kept: make room and run this "
+                    "again",
+                    str(files.tokens),
+                ) from error
+    tokens = np.memmap(files.tokens, dtype=record["dtype"], mode="r", shape=(record["tokens"],))
+    lengths = np.load(files.lengths, mmap_mode="r", allow_pickle=False)
+    return tokens, lengths, record["vocab_size"], files.key
 
 
 class _Files:
@@ -32,7 +59,13 @@ class _Files:
 
     def usable_record(self, documents: int, vocab_size: int) -> dict:
         """The record on disk if the files bear it out, else that of an empty stream; cuts off what is not recorded."""
-        empty = {"documents": documents, "done": 0, "tokens": 0, "vocab_size": vocab_size, "dtype": _dtype(vocab_size)}
+        empty = {
+            "documents": documents,
+            "done": 0,
+            "tokens": 0,
+            "vocab_size": vocab_size,
+            "dtype": id_dtype(vocab_size),
+        }
         if not self.record.exists():
             return empty
         try:
@@ -48,7 +81,7 @@ class _Files:
         except (OSError, ValueError, KeyError, TypeError):
             fits = False
         if not fits:
-            warnings.warn(f"{self.tokens} does not fit its record {self.record.name}; building it again", stacklevel=3)
+            warnings.warn(f"{self.tokens} does not fit its record {self.record.name}; building it again", stacklevel=4)
             return empty
         return record
 
@@ -69,13 +102,13 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
             total=record["documents"], initial=record["done"], desc="tokenizing", unit="doc", disable=not progress
         )
         with bar:
-            batches = _batches(_texts(dataset, column, record["done"]))
-            for encodings in _one_ahead(lambda batch: _encode(tokenizer, batch), batches):
-                documents = _framed(tokenizer, encodings)
+            batches = in_batches(_texts(dataset, column, record["done"]))
+            for encodings in one_ahead(lambda batch: encode_plain(tokenizer, batch), batches):
+                documents = framed(tokenizer, encodings)
                 del encodings  # a hundred bytes a token
                 lengths = np.fromiter(map(len, documents), dtype="<i8", count=len(documents))
                 ids = np.fromiter(chain.from_iterable(documents), dtype=np.int64, count=lengths.sum())
-                _check_ids(ids, record["vocab_size"])
+                check_ids(ids, record["vocab_size"])
                 for file, array in ((tokens_file, ids.astype(record["dtype"])), (lengths_file, lengths)):
                     file.write(array.tobytes())
                     file.flush()
@@ -86,7 +119,7 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
     return record
 
 
-def _one_ahead(function: Callable, items: Iterable) -> Iterator:
+def one_ahead(function: Callable, items: Iterable) -> Iterator:
     """function(item) of each item in order; while one is in use, a thread makes the next.
 
     Encoding runs on all cores and without Python's lock, what follows it on one: so neither waits for the other.
@@ -118,7 +151,7 @@ def _texts(dataset, column: str, start: int = 0) -> Iterator[str]:
 
 def _content_key(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for batch in chain([[tokenizer.to_str()]], _batches(texts)):
+    for batch in chain([[tokenizer.to_str()]], in_batches(texts)):
         for text in batch:
             data = text.encode()
             digest.update(len(data).to_bytes(8, "little"))  # so that ["ab", "c"] and ["a", "bc"] differ
@@ -126,11 +159,11 @@ def _content_key(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _dtype(vocab_size: int) -> str:
+def id_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
-def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(

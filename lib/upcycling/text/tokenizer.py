@@ -23,8 +23,6 @@ _BOS_EOS = ((START, END), ("<s>", "</s>"), (None, "<|endoftext|>"))
 _BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 1_000_000
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` tokens on `texts`, read once and in batches; same texts, same tokenizer.
@@ -47,13 +45,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_batches(texts), trainer)
+    tokenizer.train_from_iterator(in_batches(texts), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise ValueError(
             f"vocab_size={vocab_size} cannot be reached: these texts yield only {tokenizer.get_vocab_size()} tokens; "
             "give more text or choose a smaller vocab_size"
         )
-    return _for_plain_text(tokenizer)
+    return for_plain_text(tokenizer)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
@@ -73,7 +71,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises nothing more specific
         raise ValueError(f"{path} is not a tokenizer that the tokenizers library reads ({error})") from None
-    return _for_plain_text(tokenizer)
+    return for_plain_text(tokenizer)
 
 
 def _from_hub(name: str) -> Path:
@@ -109,7 +107,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # special strings in a text are text, as in encode_documents
     }
-    write_text(folder / "tokenizer.json", _for_plain_text(tokenizer).to_str(pretty=True))
+    write_text(folder / "tokenizer.json", for_plain_text(tokenizer).to_str(pretty=True))
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -132,14 +130,16 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[in
 
     (The tokenizer is switched to `encode_special_tokens`, and truncation and padding are switched off.)
     """
-    return _framed(tokenizer, _encode(tokenizer, list(texts)))
+    return framed(tokenizer, encode_plain(tokenizer, list(texts)))
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list:
-    return _for_plain_text(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list:
+    """The encodings of texts as they are, nothing before or after them."""
+    return for_plain_text(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
 
 
-def _framed(tokenizer: Tokenizer, encodings: Iterable) -> list[list[int]]:
+def framed(tokenizer: Tokenizer, encodings: Iterable) -> list[list[int]]:
+    """`bos + ids + eos` of each encoding."""
     bos_id, eos_id = bos_eos(tokenizer)
     before = [] if bos_id is None else [bos_id]
     return [before + encoding.ids + [eos_id] for encoding in encodings]
@@ -151,15 +151,15 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     That is `bos`, or, where there is none (GPT-2), the `eos` of the document before.
     """
     bos_id, eos_id = bos_eos(tokenizer)
-    ids = _for_plain_text(tokenizer).encode(text, add_special_tokens=False).ids
+    ids = for_plain_text(tokenizer).encode(text, add_special_tokens=False).ids
     return [eos_id if bos_id is None else bos_id] + ids
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """UTF-8 bytes that one token of `texts` stands for on average; bos and eos are not counted."""
-    tokenizer = _for_plain_text(tokenizer)
+    tokenizer = for_plain_text(tokenizer)
     size = tokens = 0
-    for batch in _batches(texts):
+    for batch in in_batches(texts):
         size += sum(len(text.encode()) for text in batch)
         tokens += sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
     if tokens == 0:
@@ -167,16 +167,20 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     return size / tokens
 
 
-def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    # None of the three survives in, or is wanted from, a tokenizer.json: special strings in a text would become
-    # special tokens, and a truncation that a model's authors left in the file would cut documents silently.
+def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer itself, switched to take special strings in a text as text, whole and without padding.
+
+    None of the three survives in, or is wanted from, a tokenizer.json: special strings in a text would become special
+    tokens, and a truncation that a model's authors left in the file would cut documents silently.
+    """
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts, bounded in number and in characters; TypeError for what is no text."""
     if isinstance(texts, str):
         raise TypeError("texts is one str; pass a list of them, or the text column of a data set")
     batch, characters = [], 0
