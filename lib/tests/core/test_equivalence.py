@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from upcycling.core.config import ModelConfig, MoEConfig
-from upcycling.core.equivalence import TOLERANCE, check_causality, check_equivalence
+from upcycling.core.equivalence import (
+    TOLERANCE,
+    CausalityReport,
+    EquivalenceReport,
+    check_causality,
+    check_equivalence,
+)
 from upcycling.core.model import DecoderLM
 from upcycling.core.transfer import upcycle
 
@@ -55,7 +61,16 @@ def test_an_upcycled_model_passes(family, dtype):
     assert report.weight_sums.keys() == {0, 2}
     assert all(low == pytest.approx(1) == high for low, high in report.weight_sums.values())
     assert str(report).startswith("same function: max |logit difference|")
-    assert "tolerance" in report._repr_html_()
+    assert "weight sum 0: 1.0000..1.0000  2: 1.0000..1.0000" in str(report)
+    shown = report._repr_html_()
+    assert f"tolerance {report.tolerance:.1e}" in shown and "<td>after layer 1</td>" in shown
+    assert shown.count("1.0000 to 1.0000") == 2, "of layers 0 and 2, which hold experts"
+
+
+def test_exactly_the_tolerance_is_within_it():
+    assert EquivalenceReport(torch.float32, 2.0**-17, [0.0, 2.0**-17], [0.0], {}).passed
+    assert not EquivalenceReport(torch.float32, 2.0**-17, [0.0, 2.0**-16], [0.0], {}).passed
+    assert CausalityReport(2.0**-17, 2.0**-17, []).passed and not CausalityReport(2.0**-16, 2.0**-17, [(0, 1)]).passed
 
 
 def test_the_difference_is_reported_where_it_is():
@@ -241,5 +256,7 @@ def test_causality_needs_something_to_alter():
         check_causality(make_dense(), TOKENS_BT[:, :1])
     assert check_causality(make_dense(), TOKENS_BT[:, :2]).passed
     assert not check_causality(make_dense(causal=False), TOKENS_BT[:, :2]).passed
+    two = make_model(ModelConfig.simple(**SIZES | dict(vocab_size=2), causal=False))  # the one other token
+    assert not check_causality(two, TOKENS_BT % 2).passed
     with pytest.raises(ValueError, match="nothing to alter"):
         check_causality(make_model(ModelConfig.simple(**SIZES | dict(vocab_size=1))), torch.zeros(1, 4).long())

@@ -13,7 +13,7 @@ from upcycling.core.config import ACTIVATIONS, ModelConfig, MoEConfig
 from upcycling.core.initialisation import copy_into_experts
 from upcycling.core.model import DecoderLM, FeedForward
 from upcycling.core.moe import MoELayer, experts_loop, experts_sorted
-from upcycling.core.routing import Routing, expert_load, route
+from upcycling.core.routing import Routing, expert_load, limit_capacity, route
 
 
 def make_config(d=8, f=12, activation="gelu", bias=True, **moe):
@@ -335,6 +335,19 @@ def test_sequence_balance_by_hand():
     torch.testing.assert_close(sequence_aux_loss(whole, 3), torch.stack(parts).mean())
     with pytest.raises(ValueError, match="12 tokens are not 5 sequences"):
         sequence_aux_loss(whole, 5)
+
+
+def test_sequence_balance_counts_what_was_asked_for():
+    """Choices that a full expert turned away count; where tokens differ in their number of choices, those made."""
+    wanted = route(torch.tensor([[4.0, 0], [4, 0], [0, 4], [4, 0]]), 1)
+    limited = limit_capacity(wanted, 0.5)
+    assert limited.dropped > 0
+    torch.testing.assert_close(sequence_aux_loss(limited, 2), sequence_aux_loss(wanted, 2))
+    both = chosen([[0, 1], [0, 1]], 2, torch.tensor([[0.75, 0.25]]).expand(2, 2))
+    varying = replace(both, kept_NK=torch.tensor([[True, False], [True, True]]))  # loads of 2/3 and 1/3
+    assert sequence_aux_loss(varying, 1).item() == pytest.approx(2 * (2 / 3 * 0.75 + 1 / 3 * 0.25))
+    nobody = replace(both, kept_NK=torch.zeros(2, 2, dtype=torch.bool), weights_NK=torch.zeros(2, 2))
+    assert sequence_aux_loss(nobody, 2) == aux_loss(nobody) == importance_loss(nobody) == 0, "no choice, no imbalance"
 
 
 def test_importance_by_hand():

@@ -37,7 +37,7 @@ from upcycling.core.routers import (
     TopP,
     as_router,
 )
-from upcycling.core.routing import expert_counts, limit_capacity, route
+from upcycling.core.routing import expert_counts, expert_load, limit_capacity, route
 from upcycling.cost.parameters import count_parameters, forward_flops
 from upcycling.routing.metrics import max_over_mean
 from upcycling.routing.snapshots import RoutingSnapshots
@@ -533,6 +533,8 @@ def test_capacity_by_hand():
     assert (routing.weights_NK[4] == 0).all() and (routing.weights_NK[:4] > 0.8).all(), "the rest is not rescaled"
     assert expert_counts(routing).tolist() == [3, 1]
     assert expert_counts(routing, wanted=True).tolist() == [4, 1], "balancing sees what was asked for"
+    torch.testing.assert_close(expert_load(routing), torch.tensor([3 / 4, 1 / 4]))
+    torch.testing.assert_close(expert_load(routing, wanted=True), torch.tensor([4 / 5, 1 / 5]))
 
 
 def test_first_choices_go_before_second_ones():
