@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..tables import Table
 from .initialisation import copy_into_experts
 from .model import DecoderLM, evaluating
 
@@ -46,20 +47,13 @@ class EquivalenceReport:
         return "\n".join(lines + [f"because: {reason}" for reason in self.reasons])
 
     def _repr_html_(self) -> str:
-        rows = [("logits", self.max_abs_diff, "")]
+        rows = [{"where": "logits", "max |difference|": self.max_abs_diff, "sum of combine weights": ""}]
         for i, value in enumerate(self.per_layer):
-            low_high = self.weight_sums.get(i)
-            rows.append(
-                (f"after layer {i}", value, "" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}")
-            )
-        body = "".join(f"<tr><td>{name}</td><td>{value:.1e}</td><td>{sums}</td></tr>" for name, value, sums in rows)
+            sums = "{:.4f} to {:.4f}".format(*self.weight_sums[i]) if i in self.weight_sums else ""
+            rows.append({"where": f"after layer {i}", "max |difference|": value, "sum of combine weights": sums})
+        table = Table(rows, formats={"max |difference|": ".1e"}, below=self.reasons)
         colour, verdict = ("#00693e", "same function") if self.passed else ("#a4001d", "not the same function")
-        reasons = "".join(f"<li>{reason}</li>" for reason in self.reasons)
-        return (
-            f"<b style='color:{colour}'>{verdict}</b>, tolerance {self.tolerance:.1e}"
-            f"<table><tr><th>where</th><th>max |difference|</th><th>sum of combine weights</th></tr>{body}</table>"
-            f"<ul>{reasons}</ul>"
-        )
+        return f"<b style='color:{colour}'>{verdict}</b>, tolerance {self.tolerance:.1e}{table._repr_html_()}"
 
 
 @torch.no_grad()

@@ -14,10 +14,12 @@ written and read once, and gradients, weights and AdamW's moments read and writt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.config import ModelConfig
@@ -28,6 +30,8 @@ from .parts import parts_of
 from .references import _rounded
 
 # -------------------------------------------------------------------------------------------------- executed products
+
+Shape = Sequence[int]
 
 
 def flop_counter() -> FlopCounterMode:
@@ -42,17 +46,17 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
-def _grouped(a_shape, b_shape, *_, out_shape=None, **__) -> int:
+def _grouped(a_shape: Shape, b_shape: Shape, *_: Any, **__: Any) -> int:
     # (R,I) x (E,I,O) forward, (O,R) x (R,I) in the backward pass: every row meets one matrix
     return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
 
 
-def _attention(q_shape, k_shape, v_shape, *_, out_shape=None, **__) -> int:
+def _attention(q_shape: Shape, k_shape: Shape, v_shape: Shape, *_: Any, **__: Any) -> int:
     b, h, t, c = q_shape
     return 2 * b * h * t * k_shape[2] * (c + v_shape[-1])
 
 
-def _attention_backward(_, q_shape, k_shape, v_shape, *__, out_shape=None, **___) -> int:
+def _attention_backward(_: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *__: Any, **___: Any) -> int:
     return 2 * _attention(q_shape, k_shape, v_shape)  # what is computed a second time to save memory is not counted
 
 
@@ -160,7 +164,7 @@ def side_by_side(accounts: Mapping[str, Account]) -> Table:
 
 
 def account(
-    model,
+    model: nn.Module | ModelConfig,
     batch_size: int = 1,
     seq_len: int | None = None,
     *,
@@ -211,10 +215,10 @@ def account(
     )
 
 
-def _activations(model, dtype: torch.dtype, batch_size: int, seq_len: int) -> int | None:
+def _activations(model: nn.Module | ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int) -> int | None:
     if isinstance(model, ModelConfig):
         return extrapolated_activation_bytes(model, dtype, batch_size, seq_len)
-    if next(model.parameters()).is_meta:
-        ours = isinstance(model, DecoderLM)  # transformers looks at values, which are not there
-        return extrapolated_activation_bytes(model.config, dtype, batch_size, seq_len) if ours else None
+    if next(model.parameters()).is_meta:  # transformers looks at values, which are not there
+        ours = model.config if isinstance(model, DecoderLM) else None
+        return None if ours is None else extrapolated_activation_bytes(ours, dtype, batch_size, seq_len)
     return activation_bytes(model, batch_size, seq_len)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.config import ModelConfig
+from ..core.config import ModelConfig, MoEConfig
 from ..core.model import DecoderLM
 
 
@@ -24,14 +25,16 @@ def activation_bytes(model: nn.Module, batch_size: int, seq_len: int) -> int:
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("what gradient checkpointing keeps is not among autograd's saved tensors; turn it off")
     own = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    saved, training, device = {}, model.training, next(model.parameters()).device
+    saved: dict[int, torch.Tensor] = {}
+    training, device = model.training, next(model.parameters()).device
 
-    def keep(tensor):
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
         if _memory(tensor) not in own:
             saved[_memory(tensor)] = tensor  # the tensor, too: memory that is given back would be counted twice
         return tensor
 
-    vocab = model.config.vocab_size if isinstance(model, DecoderLM) else model.config.get_text_config().vocab_size
+    config: Any = model.config
+    vocab = config.vocab_size if isinstance(model, DecoderLM) else config.get_text_config().vocab_size
     # under a FLOP counter experts compute their own rows alone: what is kept does not depend on the router
     watched = FlopCounterMode(display=False)
     with torch.random.fork_rng(), torch.enable_grad(), watched, saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -62,7 +65,7 @@ def extrapolated_activation_bytes(config: ModelConfig, dtype: torch.dtype, batch
     (The batch is the real one: from many logits on, the loss is computed in another way.)
     """
 
-    def measured(moe, layers: int) -> int:
+    def measured(moe: MoEConfig | None, layers: int) -> int:
         model = DecoderLM(replace(config, n_layers=layers, moe=moe and replace(moe, layers=None))).to(dtype)
         return activation_bytes(model, batch_size, seq_len)
 

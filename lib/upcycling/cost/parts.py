@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -81,16 +82,17 @@ def parts_of(model: nn.Module | ModelConfig, dtype: torch.dtype = torch.float32)
         config = model.config
         attention = _Layer(2 * config.d_model, 2 * config.kv_heads * config.head_dim)
         return _counted(model, model.head, config.seq_len, config.n_layers * (attention,))
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    lm: Any = model
+    head = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if head is None:
         raise ValueError(
             f"a {type(model).__name__} is not a causal language model: give a DecoderLM, a ModelConfig or a "
             "transformers ...ForCausalLM"
         )
-    return _counted(model, head, context_length(model.config), _attention_layers(model.config.get_text_config()))
+    return _counted(model, head, context_length(lm.config), _attention_layers(lm.config.get_text_config()))
 
 
-def _counted(model: nn.Module, head: nn.Module, longest: int, layers: tuple[_Layer, ...]) -> Parts:
+def _counted(model: nn.Module, head: Any, longest: int, layers: tuple[_Layer, ...]) -> Parts:
     has_experts = any(looks_like_moe(module) for module in model.modules())
     routers = find_routers(model) if has_experts else []
     routed = {id(weight): weight for router in routers for weight in expert_weights(model, router)}
@@ -123,7 +125,7 @@ def _counted(model: nn.Module, head: nn.Module, longest: int, layers: tuple[_Lay
     )
 
 
-def _attention_layers(config) -> tuple[_Layer, ...]:
+def _attention_layers(config: Any) -> tuple[_Layer, ...]:
     """The attention of each layer, from a transformers configuration; ValueError where layers mix tokens otherwise."""
     for name in ("index_topk", "num_kv_shared_layers", "attention_chunk_size"):
         if getattr(config, name, None):
@@ -138,7 +140,7 @@ def _attention_layers(config) -> tuple[_Layer, ...]:
     return tuple(_attention_layer(layer, kind) for layer, kind in zip(of_layers, kinds, strict=True))
 
 
-def _attention_layer(config, kind: str) -> _Layer:
+def _attention_layer(config: Any, kind: str) -> _Layer:
     if kind not in ("full_attention", "sliding_attention"):
         _refuse(config, f"layers of kind {kind!r}")
     window = config.sliding_window if kind == "sliding_attention" else None
@@ -151,8 +153,8 @@ def _attention_layer(config, kind: str) -> _Layer:
     return _Layer(heads * 2 * width, kv_heads * 2 * width, window)
 
 
-def _refuse(config, what: str):
+def _refuse(config: Any, what: str) -> NoReturn:
     raise ValueError(
         f"{config.model_type} has {what}, whose products are not known here; count what a run of it executes with "
-        "upcycling.accounting.flop_counter"
+        "upcycling.cost.account.flop_counter"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..tables import Table
 
@@ -56,7 +57,7 @@ def time_by_kind(functions: Mapping[str, Callable[[], object]], rounds: int = 3)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines to stderr for each profile
     for function in functions.values():
         function()
-    calls = {name: [] for name in functions}
+    calls: dict[str, list[dict[str, float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             seconds = dict.fromkeys(KINDS, 0.0)
@@ -66,7 +67,7 @@ def time_by_kind(functions: Mapping[str, Callable[[], object]], rounds: int = 3)
     return {name: min(of, key=lambda seconds: sum(seconds.values())) for name, of in calls.items()}
 
 
-def _profile(function: Callable[[], object]):
+def _profile(function: Callable[[], object]) -> Any:
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded, record_function("the whole call"):

@@ -65,8 +65,9 @@ def published_claims() -> Table:
     """What earlier public projects said of their models, and what their configurations come to."""
     config = REFERENCE["sparse-158m"]
     count, tokens = count_parameters(config), 128
-    moe = config.moe
-    twin = replace(config, d_ff=moe.num_experts * config.expert_width, moe=None)  # as many parameters, all in use
+    assert config.moe is not None
+    width = config.moe.num_experts * config.expert_width
+    twin = replace(config, d_ff=width, moe=None)  # as many parameters, all in use
 
     def giga(head: bool) -> str:
         return f"{forward_flops(config, tokens, head) / 1e9:.2f}"

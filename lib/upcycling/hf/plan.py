@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checks import _one_of, whole_number
+from ..tables import Table
 from .families import FAMILIES, REFUSED
 from .families.base import Initialisation, Refusal, TargetTensor
 from .families.engine import build, configure, hub_shapes
@@ -128,13 +129,11 @@ class Plan:
     def _repr_html_(self) -> str:
         if self.target is None:
             return f"<b style='color:#a4001d'>no stock class</b><pre>{html.escape(str(self))}</pre>"
-        fields = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(what)}</td></tr>" for name, what in self.account.items()
-        )
+        fields = Table({"field": name, "what becomes of it": what} for name, what in self.account.items())
         head = str(self).split("\n  ")[0]
         return (
             f"<b style='color:#00693e'>{self.source} → {self.target}</b><pre>{html.escape(head)}</pre>"
-            f"<details><summary>every field of {self.source}'s configuration</summary><table>{fields}</table></details>"
+            f"<details><summary>every field of {self.source}'s configuration</summary>{fields._repr_html_()}</details>"
         )
 
 

@@ -19,6 +19,7 @@ from ..core.equivalence import TOLERANCE
 from ..core.model import evaluating
 from ..routing.adapter import context_length
 from ..routing.hf_routers import check_model
+from ..tables import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,13 +102,10 @@ class Receipt:
 
     def _repr_html_(self) -> str:
         colour = "#00693e" if self.passed else "#a4001d"
-        rows = "".join(f"<tr><td>{name}</td><td>{value:.1e}</td></tr>" for name, value in self.checks.items())
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in (self.probe, *self.notes))
-        greedy = f"greedy generation {self._greedy_verdict}: {html.escape(repr(self.greedy))}"
-        return (
-            f"<b style='color:{colour}'>{html.escape(self.verdict)}</b>"
-            f"<table><tr><th>comparison</th><th>max |Δlogit|</th></tr>{rows}</table>{greedy}<ul>{notes}</ul>"
-        )
+        greedy = f"greedy generation {self._greedy_verdict}: {self.greedy!r}"
+        rows = [{"comparison": name, "max |Δlogit|": value} for name, value in self.checks.items()]
+        table = Table(rows, formats={"max |Δlogit|": ".1e"}, below=[greedy, self.probe, *self.notes])
+        return f"<b style='color:{colour}'>{html.escape(self.verdict)}</b>{table._repr_html_()}"
 
 
 def _json_number(value: float) -> float | str:

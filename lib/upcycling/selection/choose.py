@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,10 @@ from ..checks import whole_number
 from ..files import write_text
 from ..tables import ShownAsTable, Table
 from ..text.stream import TokenStream
+from ..training.config import TrainConfig
 from .near_duplicates import _Unique
 from .quotas import quotas
-from .rows import _plain_tokenizer, _read
+from .rows import Rows, _plain_tokenizer, _read
 
 STRATA = ("audience", "format", "seed_data")
 ORDERS = ("highest", "lowest", "middle", "random")
@@ -64,7 +66,7 @@ class Selection(ShownAsTable):
         """What of the budget was not spent, in its unit."""
         return self.settings["budget"] - (self.tokens if self.settings["unit"] == "tokens" else len(self))
 
-    def documents(self, rows):
+    def documents(self, rows: Rows) -> Any:
         """The chosen rows, in row order, as a `datasets.Dataset`; those of a stream are held in memory.
 
         Raises ValueError if `rows` are not as many as the selection was made from.
@@ -87,20 +89,22 @@ class Selection(ShownAsTable):
 
         return Dataset.from_list(chosen)
 
-    def stream(self, rows, tokenizer, directory, *, column: str = "text", progress: bool = True) -> TokenStream:
+    def stream(
+        self, rows: Rows, tokenizer: Any, directory: Path | str, *, column: str = "text", progress: bool = True
+    ) -> TokenStream:
         """The token stream to train on: the chosen documents alone, each with its row number as its document id."""
         stream = TokenStream.build(
             self.documents(rows), _plain_tokenizer(tokenizer), directory, column=column, progress=progress
         )
         return TokenStream(stream.tokens, stream.document_lengths, stream.vocab_size, stream.key, self.indices)
 
-    def save(self, path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write all of it to a JSON file, atomically. Raises OSError."""
         content = {"settings": self.settings, "table": self.table, "indices": self.indices.tolist()}
         write_text(path, json.dumps(content, allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, path) -> Selection:
+    def load(cls, path: Path | str) -> Selection:
         """Read a file of `save`. Raises FileNotFoundError, and ValueError for any other file."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -138,7 +142,7 @@ class Selection(ShownAsTable):
 
 
 def select(
-    rows,
+    rows: Rows,
     scores: Sequence[float] | None,
     *,
     budget: int,
@@ -178,7 +182,7 @@ def select(
     tokens_N = None
     if tokens_per_document is not None:
         tokens_N = _numbers("tokens_per_document", tokens_per_document, count, np.int64)
-    cost_N = tokens_N if unit == "tokens" else np.ones(count, np.int64)
+    cost_N = np.ones(count, np.int64) if tokens_N is None or unit != "tokens" else tokens_N
     scored_N = np.isfinite(scores_N)
     if not scored_N.any():
         raise ValueError("no document has a finite score; score the texts again, or check that they are not empty")
@@ -213,7 +217,7 @@ def select(
     return Selection(np.sort(np.concatenate(chosen).astype(np.int64)), table, settings)
 
 
-def documents_read(stream: TokenStream, config, seq_len: int, *, processes: int = 1) -> set[int]:
+def documents_read(stream: TokenStream, config: TrainConfig, seq_len: int, *, processes: int = 1) -> set[int]:
     """The ids of all documents that `train(model, stream, _, config)` reads, or `continue_pretraining`.
 
     `seq_len` is the model's context, or the block; `processes` as many as torchrun started. It asks the stream for the
@@ -227,7 +231,9 @@ def documents_read(stream: TokenStream, config, seq_len: int, *, processes: int 
     return read
 
 
-def _check_choice(rows, scores, budget, unit, order, near_duplicates, tokens_per_document) -> None:
+def _check_choice(
+    rows: Rows, scores: Any, budget: int, unit: str, order: str, near_duplicates: float | None, tokens_per_document: Any
+) -> None:
     if budget < 1:
         raise ValueError(f"budget={budget} {unit}: nothing could be chosen; give at least 1")
     for name, value, known in (("unit", unit, ("documents", "tokens")), ("order", order, ORDERS)):
@@ -249,7 +255,7 @@ def _check_choice(rows, scores, budget, unit, order, near_duplicates, tokens_per
         )
 
 
-def _numbers(name: str, values, count: int, dtype) -> np.ndarray:
+def _numbers(name: str, values: Any, count: int, dtype: type) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != (count,):
         raise ValueError(f"{name} has shape {values.shape}, but there are {count:,} documents; give one for each")
@@ -258,9 +264,10 @@ def _numbers(name: str, values, count: int, dtype) -> np.ndarray:
     return values.astype(dtype)
 
 
-def _strata_of(rows, strata: tuple[str, ...], column: str) -> tuple[list[tuple], np.ndarray]:
+def _strata_of(rows: Rows, strata: tuple[str, ...], column: str) -> tuple[list[tuple], np.ndarray]:
     """(the strata that occur, sorted by name; the number of each row's stratum)."""
-    codes, numbers = {}, [np.zeros(0, np.int32)]
+    codes: dict[tuple, int] = {}
+    numbers = [np.zeros(0, np.int32)]
     for batch in _read(rows, strata or (column,)):
         size = len(next(iter(batch.values())))
         keys = zip(*(batch[name] for name in strata)) if strata else [()] * size
@@ -273,7 +280,7 @@ def _strata_of(rows, strata: tuple[str, ...], column: str) -> tuple[list[tuple],
     return names, place[np.concatenate(numbers)]
 
 
-def _queue(documents, scores_N, tie_N, order: str) -> np.ndarray:
+def _queue(documents: np.ndarray, scores_N: np.ndarray, tie_N: np.ndarray, order: str) -> np.ndarray:
     """The documents of a stratum in the order in which they will be taken."""
     scores = scores_N[documents]
     if order == "highest":
@@ -285,15 +292,18 @@ def _queue(documents, scores_N, tie_N, order: str) -> np.ndarray:
     return documents[np.lexsort((tie_N[documents], scores))]
 
 
-def _fill(queues, cost_N, budget: int, allocation: str, unique) -> tuple[list[list[int]], list[int], dict]:
+def _fill(
+    queues: list[np.ndarray], cost_N: np.ndarray, budget: int, allocation: str, unique: _Unique | None
+) -> tuple[list[list[int]], list[int], dict]:
     """Take documents from the queues until the budget is spent: (chosen, near-duplicates passed over, first quotas)."""
     strata = range(len(queues))
     up_to = [np.concatenate([[0], np.cumsum(cost_N[queue])]) for queue in queues]  # cost of the first i of a queue
-    place, chosen, passed_over = [0 for _ in strata], [[] for _ in strata], [0 for _ in strata]
-    owed = [0 for _ in strata]  # granted and not yet spent
-    left, first_quotas = budget, None
+    chosen: list[list[int]] = [[] for _ in strata]
+    place, passed_over, owed = ([0 for _ in strata] for _ in range(3))  # owed: granted and not yet spent
+    left = budget
+    first_quotas: dict[int, int] = {}
 
-    def prepare():
+    def prepare() -> None:
         """Hash what strata can reach now and a tenth more, so that a stream is not read again for each duplicate."""
         if unique is not None:
             reach = [np.searchsorted(up_to[s], up_to[s][place[s]] + 1.1 * max(owed[s], 0), "right") for s in strata]

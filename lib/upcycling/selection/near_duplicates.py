@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from .rows import _texts
+from .rows import Rows, _texts
 
 SHINGLE = 5  # words
 PERMUTATIONS = 64  # of a MinHash: the standard error of a similarity of 0.8 is 0.05
@@ -20,13 +21,14 @@ PERMUTATIONS = 64  # of a MinHash: the standard error of a similarity of 0.8 is 
 class _Unique:
     """Which documents are not nearly the same as one added before, by datasketch's MinHash and its LSH index."""
 
-    def __init__(self, rows, column: str, threshold: float):
+    def __init__(self, rows: Rows, column: str, threshold: float):
         from datasketch import MinHashLSH
 
         self.rows, self.column, self.threshold = rows, column, threshold
         # Few false negatives: what the index finds is compared again, so that false positives cost only time.
         self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
-        self.prepared, self.added = {}, {}
+        self.prepared: dict[int, Any] = {}  # the MinHash of each
+        self.added: dict[int, np.ndarray] = {}
 
     def prepare(self, numbers: Iterable[int]) -> None:
         """Read and hash the texts of these rows, in one pass."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+Rows = Any  # a datasets.Dataset, a streamed IterableDataset, or an iterable of dicts
 
 
-def _plain_tokenizer(tokenizer):
+def _plain_tokenizer(tokenizer: Any) -> Any:
     """The `tokenizers.Tokenizer` of a transformers tokenizer: a copy, because encoding a stream's way sets it up so."""
     if hasattr(tokenizer, "backend_tokenizer"):
         return type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     return tokenizer
 
 
-def _texts(rows, column: str, numbers: list[int]) -> Iterator[str]:
+def _texts(rows: Rows, column: str, numbers: list[int]) -> Iterator[str]:
     """The texts of the rows with these ascending numbers; raises TypeError for one that is not a str."""
     if hasattr(rows, "select"):
         texts = (text for batch in _read(rows.select(numbers), [column]) for text in batch[column])
@@ -31,7 +34,7 @@ def _texts(rows, column: str, numbers: list[int]) -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def _read(rows, columns: Sequence[str], size: int = 1000) -> Iterator[dict[str, list]]:
+def _read(rows: Rows, columns: Sequence[str], size: int = 1000) -> Iterator[dict[str, list]]:
     """The columns of rows, whatever kind of rows they are, in batches {column: values}."""
     if isinstance(rows, Mapping):
         raise ValueError(f"rows has splits, {', '.join(map(str, rows))}: give one of them, as in corpus['train']")
@@ -62,5 +65,5 @@ def _check_columns(columns: Iterable[str], there: Iterable[str]) -> None:
         raise ValueError(f"there is no column {missing[0]!r}; the columns are {', '.join(there)}")
 
 
-def _length(rows) -> int | None:
+def _length(rows: Rows) -> int | None:
     return len(rows) if hasattr(rows, "__len__") else None

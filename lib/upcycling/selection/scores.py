@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..routing.adapter import context_length
 from ..routing.intervention import token_losses
 from ..text.stream import padded_batch
 from ..text.tokenizer import bos_eos, encode_documents, in_batches
-from .rows import _length, _plain_tokenizer, _read
+from .rows import Rows, _length, _plain_tokenizer, _read
 
+Documents = Sequence[Sequence[int]]  # the token ids of each
 WINDOW = 64  # tokens, of `normalized_entropy`
 LONGEST_CONTEXT = 1024  # tokens; a model that could read more is given windows of this length
 
 # ---------------------------------------------------------------------------------------------------------- scores
 
 
-def count_entropy(documents: Sequence[Sequence[int]]) -> np.ndarray:
+def count_entropy(documents: Documents) -> np.ndarray:
     """Entropy of a document's own token counts, in nats: -sum_v (n_v / n) log(n_v / n), bos and eos left out.
 
     Range 0 (one token repeated) .. log n. Shannon 1948, section 6; knows no model and no order of words. Known bias: to
@@ -30,7 +33,7 @@ def count_entropy(documents: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array([_entropy(np.unique(ids, return_counts=True)[1]) for ids in documents])
 
 
-def normalized_entropy(documents: Sequence[Sequence[int]]) -> np.ndarray:
+def normalized_entropy(documents: Documents) -> np.ndarray:
     """Count entropy of windows of 64 tokens (each half over the last one), their mean, divided by log 64: 0..1.
 
     Every window has the same length, so the length of the document drops out; the idea is that of the moving-average
@@ -42,7 +45,7 @@ def normalized_entropy(documents: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array([_windowed_entropy(np.asarray(ids)) for ids in documents])
 
 
-def cross_entropy(documents: Sequence[Sequence[int]], model, seq_len: int, batch_size: int) -> np.ndarray:
+def cross_entropy(documents: Documents, model: nn.Module, seq_len: int, batch_size: int) -> np.ndarray:
     """Mean nats per token that `model` needs for a document, its eos included; the first token has no prediction.
 
     The cross-entropy of Shannon 1948; as a score for choosing training data: perplexity in Marion et al. 2023
@@ -63,7 +66,7 @@ def cross_entropy(documents: Sequence[Sequence[int]], model, seq_len: int, batch
     return sums / (np.array([len(ids) for ids in documents]) - 1)
 
 
-def excess(documents: Sequence[Sequence[int]], model, moe, seq_len: int, batch_size: int) -> np.ndarray:
+def excess(documents: Documents, model: nn.Module, moe: nn.Module, seq_len: int, batch_size: int) -> np.ndarray:
     """Cross-entropy under the dense `model` minus that under the `moe`, in nats per token: what the experts gained.
 
     Above 0 where the MoE predicts better. The reducible loss of Mindermann et al. 2022 (arXiv:2206.07137), with the MoE
@@ -73,7 +76,7 @@ def excess(documents: Sequence[Sequence[int]], model, moe, seq_len: int, batch_s
     return dense - sparse
 
 
-SCORES = {
+SCORES: dict[str, Callable[..., np.ndarray]] = {
     "count_entropy": count_entropy,
     "normalized_entropy": normalized_entropy,
     "cross_entropy": cross_entropy,
@@ -82,12 +85,12 @@ SCORES = {
 
 
 def score_documents(
-    rows,
-    tokenizer,
+    rows: Rows,
+    tokenizer: Any,
     score: str = "cross_entropy",
     *,
-    model=None,
-    moe=None,
+    model: nn.Module | None = None,
+    moe: nn.Module | None = None,
     column: str = "text",
     seq_len: int | None = None,
     batch_size: int = 16,
@@ -108,7 +111,7 @@ def score_documents(
 
     if score not in SCORES:
         raise ValueError(f"score={score!r} is unknown; choose one of {', '.join(SCORES)}")
-    models = {"model": model, "moe": moe}
+    models: dict[str, Any] = {"model": model, "moe": moe}
     needed = [name for name in inspect.signature(SCORES[score]).parameters if name != "documents"]
     for name in needed:
         if name in models and models[name] is None:
@@ -140,17 +143,14 @@ def length_correlation(scores: Sequence[float], lengths: Sequence[int]) -> float
 
     Documents without a score are left out; NaN where all scores or all lengths are equal.
     """
-    scores, lengths = np.asarray(scores, np.float64), np.asarray(lengths)
-    if scores.shape != lengths.shape:
-        raise ValueError(f"{len(scores)} scores for {len(lengths)} lengths; give one of each for every document")
-    scored = np.isfinite(scores)
+    from pandas import Series
+
+    scores_N, lengths_N = Series(np.asarray(scores, np.float64)), Series(np.asarray(lengths))
+    if len(scores_N) != len(lengths_N):
+        raise ValueError(f"{len(scores_N)} scores for {len(lengths_N)} lengths; give one of each for every document")
+    scored_N = np.isfinite(scores_N)
     with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(_ranks(scores[scored]), _ranks(lengths[scored]))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]  # equal values share their mean rank
+        return float(scores_N[scored_N].rank().corr(lengths_N[scored_N].rank()))
 
 
 def _entropy(counts: np.ndarray) -> float:
