@@ -50,7 +50,6 @@ def history_curve(history: Sequence[dict], start: int = 0, value: str = "val_los
 
 def _draw_curves(axes: Axes, curves: Curves, *, markers: str = " ", **options: Any) -> list[str]:
     """A line for each curve, its name as label; their colours."""
-
     # more curves than hues: from light to dark, in their order
     many = [matplotlib.colormaps["viridis_r"](0.1 + 0.9 * i / len(curves)) for i in range(len(curves))]
     colours = COLOURS[: len(curves)] if len(curves) <= len(COLOURS) else many
@@ -69,7 +68,7 @@ def plot_saturation(
     2024), section 5.1.
     """
     label = "share of the final experts already chosen"
-    return _over_training(curves, label, chance, None, now, (0, 1.03), title)
+    return plot_specialisation(curves, null=chance, now=now, y_label=label, y_max=1.03, title=title)
 
 
 def plot_specialisation(
@@ -87,10 +86,6 @@ def plot_specialisation(
     With `spread` (the null's standard deviation) a band of three spreads on either side is shaded; `now` marks a
     moment, and `y_max` fixes the axis, for a playback.
     """
-    return _over_training(curves, label_text(y_label), null, spread, now, (0, y_max), title)
-
-
-def _over_training(curves: Curves, y_label: str, null, spread, now, y_range: tuple, title: str) -> Figure:
     if not curves or not all(curves.values()):
         raise ValueError("give at least one curve, each with at least one (update, value)")
     figure, axes = new_axes(6.2, 3, margins=(0.65, 1.1, 0.5, 0.1), title=title)
@@ -103,7 +98,7 @@ def _over_training(curves: Curves, y_label: str, null, spread, now, y_range: tup
             axes.axhspan(null - 3 * spread, null + 3 * spread, color="0.5", alpha=0.25, linewidth=0)
     if now is not None:
         axes.axvline(now, color="0.25", linewidth=1)
-    axes.set(xlabel="optimizer updates", ylabel=y_label, ylim=y_range)
+    axes.set(xlabel="optimizer updates", ylabel=label_text(y_label), ylim=(0, y_max))
     axes.spines[["top", "right"]].set_visible(False)
     # each line's name at its end, pushed up where names would touch; the highest may not leave the axes
     low, high = axes.get_ylim()

@@ -60,8 +60,8 @@ def plot_expert_matrix(
         framed_CE = share_CE > high_CE
         x_label += " (framed: more than three spreads above chance)"
     chance = {"chance": float(null)} if null is not None and np.ndim(null) == 0 else {}
-    labels = (x_label, style.label_text(kind))
-    return share_map(share_CE, names, quantity, vmax, labels, title=title, framed_RE=framed_CE, marks=chance)
+    options = {"scale": (0, vmax), "framed_RE": framed_CE, "marks": chance}
+    return heat_map(share_CE, names, quantity, x_label, kind, title=title, **options)
 
 
 def plot_expert_classes(
@@ -92,10 +92,10 @@ def plot_knockout(
         raise ValueError(f"{len(experts)} expert numbers but {len(cost_EC)} rows of costs; give one for each")
     framed_CE = None if noise is None else (np.abs(cost_EC) > style.shaped_like(cost_EC, noise, "noise")).T
     limit = style.scale_end(np.abs(cost_EC)) if limit is None else limit
-    labels = ("expert removed" + ("" if noise is None else " (framed: beyond the noise)"), "domain")
-    quantity, look = "change of loss (nats per token)", {"scale": (-limit, limit), "cmap": style.DIFFERENCE}
-    options = {"title": title, "framed_RE": framed_CE, "numbers": experts}
-    return _heat_map(cost_EC.T, domains, quantity, style.signed, labels, **look, **options)[0]
+    x_label = "expert removed" + ("" if noise is None else " (framed: beyond the noise)")
+    look = {"scale": (-limit, limit), "cmap": style.DIFFERENCE, "framed_RE": framed_CE, "numbers": experts}
+    quantity = "change of loss (nats per token)"
+    return heat_map(cost_EC.T, domains, quantity, x_label, "domain", title=title, write=style.signed, **look)
 
 
 def plot_layer_loads(
@@ -109,11 +109,10 @@ def plot_layer_loads(
     load_LE = style.checked_matrix(load_LE, (len(layers), None), f"{len(layers)} layers")
     times_even = np.vstack([load_LE.mean(0), load_LE]) * load_LE.shape[1]
     rows = ["all layers"] + [f"{'⚠ ' if layer in alarm else ''}layer {layer}" for layer in layers]
-    figure, axes, _ = _heat_map(
-        times_even, rows, "load / even share", lambda times: f"{times:.1f}" if times else "×", ("expert", ""),
-        scale=(0, max(2.0, style.scale_end(times_even)) if vmax is None else vmax), title=title, marks={"even": 1},
-    )  # fmt: skip
-    axes.axhline(0.5, color="black", linewidth=1.5)
+    scale = (0, max(2.0, style.scale_end(times_even)) if vmax is None else vmax)
+    look = {"scale": scale, "write": lambda times: f"{times:.1f}" if times else "×", "marks": {"even": 1}}
+    figure = heat_map(times_even, rows, "load / even share", "expert", title=title, **look)
+    figure.axes[0].axhline(0.5, color="black", linewidth=1.5)
     return figure
 
 
@@ -147,41 +146,18 @@ def plot_choices(routings: Mapping[str, Routing], title: str = "", columns: int 
     return figure
 
 
-def share_map(
-    share_RE: np.ndarray,
-    rows: Sequence[str],
-    quantity: str,
-    vmax: float | None,
-    labels: tuple[str, str],
-    **options: Any,
-) -> Figure:
-    """Rows x experts, a share in each cell, drawn and written in %; the options are those of `_heat_map`."""
-    scale = (0, style.scale_end(share_RE) if vmax is None else vmax)
-    figure, _, bar = _heat_map(
-        share_RE, rows, f"{quantity} (%)", lambda share: f"{100 * share:.0f}", labels, scale=scale, **options
-    )
-    bar.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
-    return figure
-
-
-def _heat_map(
-    values_RE: np.ndarray,
-    rows: Sequence[str],
-    quantity: str,
-    write: Callable[[float], str],
-    labels: tuple[str, str],
-    *,
-    scale: tuple[float, float],
-    cmap: str = style.MEASURE,
-    title: str = "",
-    framed_RE: np.ndarray | None = None,
-    marks: Mapping[str, float] | None = None,
+def heat_map(
+    values_RE: np.ndarray, rows: Sequence[str], quantity: str, x_label: str, y_label: str = "", *, title: str = "",
+    scale: tuple[float, float | None] = (0, None), write: Callable[[float], str] | None = None,
+    cmap: str = style.MEASURE, framed_RE: np.ndarray | None = None, marks: Mapping[str, float] | None = None,
     numbers: Sequence[int] | None = None,
-) -> tuple[Figure, Axes, Axes]:
-    """figure, axes, bar: rows x experts as `_draw_cells` draws them, and the colour bar with `marks`, values by name.
+) -> Figure:  # fmt: skip
+    """Rows x experts as colours, each value written into its cell; a colour bar with `marks`, values by name.
 
-    `numbers` are those of the experts, where they are not all from 0.
+    Without `write` the values are shares, in %. `numbers` are those of the experts, where they are not all from 0.
     """
+    scale = (scale[0], style.scale_end(values_RE) if scale[1] is None else scale[1])
+    in_cell = write or (lambda share: f"{100 * share:.0f}")
     count, experts = values_RE.shape
     cell = min(0.5, max(8 / experts, min(0.2, 14 / experts)))  # inches
     narrow = cell < 0.35  # then the number stands upright, turned by a quarter
@@ -190,11 +166,11 @@ def _heat_map(
     figure, axes = style.new_axes(
         max(cell * experts, 3), (0.42 if narrow else 0.32) * count, margins=margins, title=title
     )
-    image = _draw_cells(axes, values_RE, write, cmap, scale, 6.5 if cell > 0.16 else 0, turned=narrow)
+    image = _draw_cells(axes, values_RE, in_cell, cmap, scale, 6.5 if cell > 0.16 else 0, turned=narrow)
     shown = range(0, experts, 1 + int(0.16 / cell))  # of hundreds of experts, not each number finds room
     strings = [str(e if numbers is None else numbers[e]) for e in shown]
     style.draw_strings(axes, strings, [(e, 0) for e in shown], 6 if narrow else 7, below=True)
-    axes.set(xticks=[], xlabel=labels[0], ylabel=labels[1])
+    axes.set(xticks=[], xlabel=x_label, ylabel=style.label_text(y_label))
     axes.xaxis.labelpad = 18
     axes.set_yticks(range(count), names, fontsize=9)
     axes.tick_params(length=0)
@@ -205,13 +181,15 @@ def _heat_map(
     box, wide = axes.get_position(), figure.get_figwidth()
     bar = figure.add_axes((box.x1 + 0.5 / wide, box.y0, 0.13 / wide, box.height))
     figure.colorbar(image, cax=bar)
-    bar.set_ylabel(style.label_text(quantity), fontsize=8)
+    bar.set_ylabel(style.label_text(quantity if write else f"{quantity} (%)"), fontsize=8)
     bar.tick_params(labelsize=8)
+    if write is None:
+        bar.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
     for word, value in (marks or {}).items():
         bar.axhline(value, color=style.COLOURS[1], linewidth=2)
         look = {"ha": "right", "va": "center", "fontsize": 7, "color": style.COLOURS[1]}
         style.note(bar, word, (0, value), (-2, 0), ("axes fraction", "data"), **look)
-    return figure, axes, bar
+    return figure
 
 
 def _draw_cells(

@@ -25,7 +25,7 @@ from ..routing.metrics import domain_specialization, router_saturation
 from ..routing.snapshots import RoutingSnapshots
 from ..routing.trace import RoutingTrace
 from ..routing.typed_text import route_text, token_texts, twin
-from .experts import plot_expert_matrix, share_map
+from .experts import heat_map, plot_expert_matrix
 from .panel import Panel, Strip, View, text_inputs, wide
 from .style import MEASURE, expert_colour, visible
 
@@ -100,8 +100,8 @@ def way_figure(traces: Sequence[RoutingTrace], token: int, text: str, names: Seq
     top = max(float(trace.probabilities.max()) for trace in traces)  # the same for every token: colours can be compared
     rows = [f"{name} layer {trace.layers[i]}".strip() for trace, i, name in places]
     title = f"token {token} “{text}” on its way through the layers"
-    labels = ("expert (framed: chosen)", "")
-    return share_map(share_RE, rows, "router's probability", top, labels, framed_RE=chosen_RE, title=title)
+    look = {"scale": (0, top), "framed_RE": chosen_RE}
+    return heat_map(share_RE, rows, "router's probability", "expert (framed: chosen)", title=title, **look)
 
 
 class _TokenPanel(Panel):

@@ -18,7 +18,7 @@ def plot_arms(rows: Sequence[dict], floor: float | None = None, title: str = "")
 
     `rows` have arm, budget, seed and val_loss, as `upcycling.compare` writes them.
     """
-    return _seed_panels(_by_budget(rows), (8.4, 3.6), _loss_label(floor), title=title, values=True)
+    return _seed_panels(_by_budget(rows), (8.4, 3.6), _loss_label(floor), title, values=True)
 
 
 def plot_comparison(result: Mapping, title: str = "") -> Figure:
@@ -30,7 +30,7 @@ def plot_comparison(result: Mapping, title: str = "") -> Figure:
     panels, control = _by_budget(result["rows"]), result.get("control", "dense control")
     size = (2.2 + 2.9 * len(panels), 1.3 + 0.36 * len(_names(panels)))
     label = _loss_label(result.get("floor"))
-    return _seed_panels(panels, size, label, title=title, spread=True, control=control, colour=lambda *_: COLOURS[0])
+    return _seed_panels(panels, size, label, title, spread=True, control=control, colour=lambda *_: COLOURS[0])
 
 
 def plot_selected(result: Mapping, title: str = "") -> Figure:
@@ -49,15 +49,13 @@ def plot_selected(result: Mapping, title: str = "") -> Figure:
         panels[panel] = {arm: [own[seed] - theirs[seed] for seed in own if seed in theirs] for arm, own in ours.items()}
     size = (2.4 + 1.75 * len(panels), 1.3 + 0.36 * len(arms))
     label = "loss less that of random (nats per token): to the left is better"
-    return _seed_panels(
-        panels, size, label, title=title, spread=True, zero=True, colour=lambda _, mean: COLOURS[mean > 0]
-    )
+    return _seed_panels(panels, size, label, title, spread=True, zero=True, colour=lambda _, mean: COLOURS[mean > 0])
 
 
 def plot_differences(differences: Mapping[str, Mapping[str, Sequence[float]]], x_label: str, title: str = "") -> Figure:
     """A panel for each group, a line for each comparison in it: a dot per seed, a bar at the mean, 0 as a line."""
     size = (2.4 + 3.1 * len(differences), 1.1 + 0.42 * len(_names(differences)))
-    return _seed_panels(differences, size, x_label, title=title, zero=True)
+    return _seed_panels(differences, size, x_label, title, zero=True)
 
 
 def plot_jumps(rows: Sequence[Mapping], title: str = "", least: float = 1e-4) -> Figure:
@@ -102,21 +100,14 @@ def _name_lines(axes: Axes, names: Sequence[str], **options) -> None:
 
 
 def _seed_panels(
-    panels: Panels,
-    size: tuple[float, float],
-    x_label: str,
-    *,
-    title: str,
-    spread: bool = False,
-    values: bool = False,
-    zero: bool = False,
-    control: str | None = None,
-    colour: Callable[[int, float], str] = lambda y, mean: COLOURS[y % len(COLOURS)],
-) -> Figure:
+    panels: Panels, size: tuple[float, float], x_label: str, title: str, *, spread: bool = False, values: bool = False,
+    zero: bool = False, control: str | None = None, colour: Callable[[int, float], str] | None = None,
+) -> Figure:  # fmt: skip
     """A panel for each group, a line for each arm; names stand on the same line in all panels.
 
     The mean is a bar, with its value beside it (`values`), or a square with its standard deviation (`spread`); the
-    band is that of `control`; `zero` draws 0 as a line. `colour` is a function of line and mean.
+    band is that of `control`; `zero` draws 0 as a line. `colour` is a function of line and mean (else each line has its
+    own).
     """
     names = _names(panels)
     figure, row = row_of_axes(len(panels), size, title=title, grid="x", sharex=True, sharey=True)
@@ -126,14 +117,15 @@ def _seed_panels(
         for name, dots in arms.items():
             mean, deviation = mean_and_spread(dots)
             y, deviation = names.index(name), deviation if deviation == deviation else 0  # of one seed there is none
-            hue, mark = (COLOURS[6], "D") if name == control else (colour(y, mean), "s")
+            hue = colour(y, mean) if colour else COLOURS[y % len(COLOURS)]
             if name == control:
+                hue = "black"
                 axes.axvspan(mean - deviation, mean + deviation, color="0.85", linewidth=0)
                 axes.axvline(mean, color="0.5", linewidth=1)
             places = [y + 0.22 if spread else y] * len(dots)
             axes.scatter(dots, places, s=12 if spread else 22, color=hue, alpha=0.6, linewidth=0, zorder=3)
             if spread:
-                axes.errorbar(mean, y, xerr=deviation, fmt=mark, ms=5, color=hue, capsize=3, zorder=4)
+                axes.errorbar(mean, y, xerr=deviation, fmt="sD"[name == control], ms=5, color=hue, capsize=3, zorder=4)
             else:
                 axes.vlines(mean, y - 0.3, y + 0.3, color=hue, linewidth=2.2)
             if values:

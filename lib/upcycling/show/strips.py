@@ -57,16 +57,9 @@ def plot_token_losses(
 
 
 def strip_figure(
-    texts: Sequence[str],
-    colours: Sequence,
-    notes: Sequence[str],
-    legend: str,
-    followed: int | None = None,
-    columns: int = 100,
-    max_tokens: int = 400,
-    title: str = "",
-    what: str = "notes",
-) -> Figure:
+    texts: Sequence[str], colours: Sequence, notes: Sequence[str], legend: str, followed: int | None = None,
+    columns: int = 100, max_tokens: int = 400, title: str = "", what: str = "notes",
+) -> Figure:  # fmt: skip
     """Boxes with a text and a small note below it, wrapped at `columns` characters and after a line break.
 
     The first `max_tokens` are drawn; `legend` stands below; `followed` is the index of a box to frame.
@@ -102,11 +95,6 @@ def strip_figure(
     widths = [2.2 if i == followed else 0.4 for i in range(len(boxes))]
     style.draw_boxes(axes, boxes, facecolors=colours, edgecolors=edges, linewidths=widths)
     places = [(x + width / 2, y + 0.27) for x, y, width, _ in boxes]
-    plain = [i for i, text in enumerate(shown) if text.isascii()]
-    strings, spots, faces = ([part[i] for i in plain] for part in (shown, places, colours))
-    style.draw_strings(axes, strings, spots, size, on=faces)
-    for i in set(range(len(shown))) - set(plain):  # other scripts need a text's shaping
-        look = {"fontsize": size, "family": style.MONO, "ha": "center", "va": "center_baseline"}
-        axes.text(*places[i], shown[i], parse_math=False, color=style.ink(colours[i]), **look)
+    style.draw_strings(axes, shown, places, size, on=colours)
     style.draw_strings(axes, notes, [(x, y + 0.42) for x, y in places], note_size, on=colours)
     return figure

@@ -57,17 +57,25 @@ def scale_end(values: np.ndarray) -> float:
 
 def visible(text: str) -> str:
     r"""`text` so that a browser shows all of it: line breaks as ↵, invisible characters as \u{0}, spaces alone as ␣."""
-    shown = "".join(map(_visible_character, text))
+    shown = "".join(_shown(character) for character in text)
     return shown if shown.strip() else "␣" * len(shown)
 
 
 def printable(text: str, limit: int = 24) -> str:
     r"""`visible` text for a figure, cut at `limit`; what the font cannot show is \u{1F600}, no text at all is ∅."""
     text = str(text)
-    shown = "".join(map(_printable_character, text[:limit]))
+    shown = "".join(_shown(character, in_figure=True) for character in text[:limit])
     if len(text) > limit or len(shown) > limit:
         shown = shown[: limit - 1] + "…"
     return visible(shown) or "∅"
+
+
+@lru_cache(maxsize=4096)
+def _shown(character: str, in_figure: bool = False) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+    if in_figure and not hidden:
+        hidden = not get_font(findfont(FontProperties(family=MONO))).get_char_index(ord(character))
+    return {"\n": "↵", "\r": "↤", "\t": "⇥"}.get(character, f"\\u{{{ord(character):X}}}" if hidden else character)
 
 
 def label_text(text: str, limit: int = 120) -> str:
@@ -80,26 +88,6 @@ def signed(value: float) -> str:
     if not np.isfinite(value):
         return "–"
     return f"{value:+.2f}" if abs(value) >= 0.005 else "0"
-
-
-def _visible_character(character: str) -> str:
-    invisible = unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-    return {"\n": "↵", "\r": "↤", "\t": "⇥"}.get(character, _escaped(character) if invisible else character)
-
-
-@lru_cache(maxsize=4096)
-def _printable_character(character: str) -> str:
-    seen = _visible_character(character)
-    return seen if seen != character or _font().get_char_index(ord(character)) else _escaped(character)
-
-
-def _escaped(character: str) -> str:
-    return f"\\u{{{ord(character):X}}}"
-
-
-@lru_cache(maxsize=1)
-def _font() -> Any:
-    return get_font(findfont(FontProperties(family=MONO)))
 
 
 def row_of_axes(
@@ -171,18 +159,19 @@ def draw_strings(
 
 
 @lru_cache(maxsize=4096)
-def _string_path(string: str, size: float, turned: bool) -> Any:
-    """The outline of `string`, `size` inches high, its middle at 0."""
-    glyphs = [(i, _glyph(character)) for i, character in enumerate(string) if character != " "]
-    vertices = np.concatenate([np.zeros((0, 2))] + [glyph.vertices + (i * ADVANCE, 0) for i, glyph in glyphs])
-    codes = np.concatenate([np.zeros(0, Path.code_type)] + [glyph.codes for _, glyph in glyphs])
+def _string_path(string: str, size: float, turned: bool) -> Path:
+    """The outline of `string`, `size` inches high, its middle at 0: of its glyphs, for a layout takes milliseconds."""
+    places = enumerate(string) if string.isascii() else [(0, string)]  # other scripts need shaping
+    parts = [(i * ADVANCE, _outline(part)) for i, part in places if part.strip()]
+    vertices = np.concatenate([np.zeros((0, 2))] + [path.vertices + (x, 0) for x, path in parts])
+    codes = np.concatenate([np.zeros(0, Path.code_type)] + [path.codes for _, path in parts])
     vertices = (vertices - (len(string) * ADVANCE / 2, 0.365)) * size
     return Path(vertices[:, ::-1] * (-1, 1) if turned else vertices, codes)
 
 
-@lru_cache(maxsize=256)
-def _glyph(character: str) -> Any:
-    return TextPath((0, 0), character, size=1, prop=FontProperties(family=MONO))
+@lru_cache(maxsize=4096)
+def _outline(text: str) -> TextPath:
+    return TextPath((0, 0), text.replace("$", r"\$"), size=1, prop=FontProperties(family=MONO))
 
 
 def checked_matrix(values: Any, wanted: tuple[int | None, int | None], what: str) -> np.ndarray:
