@@ -4,6 +4,8 @@ Whatever the source, a row is a document with at least the column `text`, and th
 Corpora from files and from the hub stay on disk: `datasets` maps them into memory.
 """
 
+from __future__ import annotations
+
 import codecs
 import hashlib
 import os
@@ -14,11 +16,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .worlds import world as worlds
 from .worlds.world import World, WorldConfig
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 WORLDS_DOCUMENTS = 8_000  # about 2M tokens of a 2,048-token BPE
 HUB = {"tinystories": "roneneldan/TinyStories", "cosmopedia-100k": "HuggingFaceTB/cosmopedia-100k"}
@@ -27,14 +33,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_corpus(
-    name: "str | os.PathLike" = "worlds",
+    name: str | os.PathLike = "worlds",
     *,
     documents: int | None = None,
     validation_fraction: float = 0.05,
     seed: int = 0,
-    cache_dir: "str | os.PathLike | None" = None,
+    cache_dir: str | os.PathLike | None = None,
     world: World | WorldConfig | None = None,
-):
+) -> DatasetDict:
     """Load a corpus as a `datasets.DatasetDict` with the splits "train" and "validation".
 
     name: "worlds", generated here (columns: see `worlds.generate`; `world` chooses another world than the default);
@@ -68,7 +74,7 @@ def load_corpus(
     return _as_train_and_validation(splits, validation_fraction, seed, str(name))
 
 
-def _load_worlds(documents: int, validation_fraction: float, seed: int, cache_dir, world):
+def _load_worlds(documents: int, validation_fraction: float, seed: int, cache_dir, world) -> DatasetDict:
     from datasets import Dataset, load_from_disk
 
     if not isinstance(world, World):
@@ -224,7 +230,7 @@ def _document(lines: list[str]) -> Iterator[dict]:
         yield {"text": text}
 
 
-def _as_train_and_validation(splits: dict, validation_fraction: float, seed: int, name: str):
+def _as_train_and_validation(splits: dict, validation_fraction: float, seed: int, name: str) -> DatasetDict:
     """Drop rows without text, choose the validation documents if there are none, drop them from the training ones."""
     from datasets import DatasetDict
 
