@@ -9,9 +9,10 @@ from typing import Any
 import typer
 
 from ..training.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
-from .options import argument, finite, flag, gigabytes, layers, numbers, one_of, option, verb, whole
+from .options import argument, between, finite, flag, layers, numbers, one_of, option, verb, whole
 
 DTYPES = ("float32", "bfloat16", "float16")
+SIZE = between(1e-9, 1e9, "size in GB: give a number above 0, such as 2 or 0.5")
 
 CONVERT = """
   python -m upcycling convert HuggingFaceTB/SmolLM2-135M smollm2-8x135m \\
@@ -54,7 +55,7 @@ def convert(
     router_std: float = option(0.02, finite, "STD", "of the routers' random weights"),
     dtype: str = option(None, one_of(*DTYPES), "DTYPE", f"of the weights: {', '.join(DTYPES)} (default: as they are)"),
     seed: int = option(0, whole(), "N", "of the routers and the noise"),
-    max_shard_size: float = option(2.0, gigabytes, "GB", "largest weight file"),
+    max_shard_size: float = option(2.0, SIZE, "GB", "largest weight file"),
     no_verify: bool = flag("--no-verify", "do not compare the result with the dense model"),
     dry_run: bool = flag("--dry-run", "print plan, sizes, memory and disk; write nothing (but download from the hub)"),
 ) -> int:

@@ -109,18 +109,14 @@ def finite(text: str) -> float:
     return number
 
 
-def fraction(text: str) -> float:
-    number = finite(text)
-    if not 0 < number <= 1:
-        raise typer.BadParameter(f"{text} is no fraction: give a number above 0 and up to 1")
-    return number
+def between(low: float, high: float, what: str) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number = finite(text)
+        if not low <= number <= high:
+            raise typer.BadParameter(f"{text} is no {what}")
+        return number
 
-
-def gigabytes(text: str) -> float:
-    size = finite(text)
-    if not 1e-9 <= size <= 1e9:
-        raise typer.BadParameter(f"{text} is no size in GB: give a number above 0, such as 2 or 0.5")
-    return size
+    return read
 
 
 def numbers(what: str, example: str) -> Callable[[str], list[int]]:

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import argument, flag, fraction, numbers, one_of, option, some_of, verb, whole
+from .options import argument, between, flag, numbers, one_of, option, some_of, verb, whole
 
 PRESET = option("quick", str, "NAME", "sizes: quick, laptop, gpu or gpu-smol", env="UPCYCLING_PRESET")
 CORPUS = option(None, str, "TEXTS", "a name or path (default: the preset's)", env="UPCYCLING_CORPUS")
 SEEDS = option("0,1,2", numbers("seeds", "0,1,2"), "N,…", "a run of each arm for each of them")
 OUT = option(None, Path, "FILE", "write the result here as JSON, and go on from what is there")
 BUDGETS = ("tokens", "FLOPs", "seconds")
+FRACTION = between(1e-9, 1, "fraction: give a number above 0 and up to 1")
 ARMS = ("upcycling", "pooling", "routers")
 
 COMPARE = """
@@ -95,7 +96,7 @@ def select(
     preset: str = PRESET,
     corpus: str = CORPUS,
     seeds: Any = SEEDS,
-    share: float = option(0.25, fraction, "X", "of the training tokens to choose", "--fraction"),
+    share: float = option(0.25, FRACTION, "X", "of the training tokens to choose", "--fraction"),
     out: Path = OUT,
 ) -> int:
     """Train on chosen documents, and compare with random ones.

@@ -255,8 +255,12 @@ def continue_folder(
     dtype = read_config(folder).dtype
     splits = load_corpus(corpus, documents=documents)
     tokenizer = load_tokenizer(folder)
-    streams = [TokenStream.build(splits[name], tokenizer, into / "training") for name in ("train", "validation")]
-    result = continue_pretraining(model, *streams, config, directory=into / "training", **options)
+    train_stream = TokenStream.build(splits["train"], tokenizer, into / "training")
+    validation_stream = TokenStream.build(splits["validation"], tokenizer, into / "training")
+    result = continue_pretraining(
+        model, train_stream, validation_stream, config, directory=into / "training", **options
+    )
     model.to(dtype or torch.float32).save_pretrained(out)
-    folder_tokenizer(folder).save_pretrained(out)
+    if (words := folder_tokenizer(folder)) is not None:
+        words.save_pretrained(out)
     return result
