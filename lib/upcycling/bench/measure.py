@@ -131,7 +131,8 @@ def table(comparisons: Sequence[Comparison]) -> str:
         }
         for c in comparisons
     ]
-    header, *shown = str(Table(rows, left=True, strip=True)).splitlines()
+    columns = ["ours", "peer", "ratio", "of", "middle half", "goal", ""]
+    header, *shown = str(Table(rows, columns, left=True, strip=True)).splitlines()
     lines, heading = [header], None
     for comparison, line in zip(comparisons, shown, strict=True):
         if heading != (heading := f"{comparison.case}: {comparison.setting}"):

@@ -89,7 +89,8 @@ def table(result: dict) -> str:
         }
         for row in summarize(result)
     ]
-    return str(Table(rows, left=["equal", "arm"], width={"equal": 7, "arm": 16}, formats={"± seeds": ".4f"}))
+    width = {"equal": 8, "arm": 17, "updates": 7, "val loss": 9, "± seeds": 8, "above floor": 12}
+    return str(Table(rows, left=["equal", "arm"], width=width, formats={"± seeds": ".4f"}, gap=" "))
 
 
 def overview(result: dict) -> str:
