@@ -29,8 +29,6 @@ from .activations import activation_bytes, extrapolated_activation_bytes
 from .parts import parts_of
 from .references import _rounded
 
-# -------------------------------------------------------------------------------------------------- executed products
-
 Shape = Sequence[int]
 
 
@@ -58,9 +56,6 @@ def _attention(q_shape: Shape, k_shape: Shape, v_shape: Shape, *_: Any, **__: An
 
 def _attention_backward(_: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *__: Any, **___: Any) -> int:
     return 2 * _attention(q_shape, k_shape, v_shape)  # what is computed a second time to save memory is not counted
-
-
-# -------------------------------------------------------------------------------------------------------- the account
 
 
 @dataclass(frozen=True)

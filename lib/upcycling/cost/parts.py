@@ -15,8 +15,6 @@ from ..routing.adapter import context_length
 from ..routing.gradient import expert_weights, router_weights
 from ..routing.hf_routers import find_routers, looks_like_moe
 
-# ----------------------------------------------------------------------------------------------- the parts of a model
-
 
 @dataclass(frozen=True)
 class _Layer:

@@ -18,8 +18,6 @@ from .hf_routers import FoundRouter, find_routers
 from .record import record_routing
 from .trace import RoutingTrace
 
-# ------------------------------------------------------------------------------------------- the router's gradient
-
 SILENT = 1e-5
 """A router gradient below this fraction of its experts' gradient is rounding: where it is 0 by construction, 3e-8 was
 measured in float32 and in bfloat16; where the router learns, 0.02 and more."""

@@ -30,8 +30,6 @@ from .metrics import (
 )
 from .trace import RoutingTrace
 
-# ------------------------------------------------------------------------------- load, pooled and layer by layer
-
 COLLAPSED = 0.25  # a layer has collapsed if it uses at most this much of the way from K to E experts
 _TOO_FEW = 10  # choices per expert below which an uneven load may be chance
 
@@ -131,9 +129,6 @@ def load_report(trace: RoutingTrace | Tensor, num_experts: int | None = None) ->
         expert_ids_LNK, layers, num_experts = trace.expert_ids, tuple(trace.layers), trace.num_experts
     _, num_tokens, top_k = expert_ids_LNK.shape
     return LoadReport(layers, load_per_expert(expert_ids_LNK, num_experts), num_tokens, top_k)
-
-
-# ------------------------------------------------------------------------------------------- a whole validation set
 
 
 @dataclass(frozen=True, repr=False)

@@ -37,6 +37,11 @@ class RoutingSnapshots:
     - domains, labels (N,): the names in order of appearance, and each token's number among them; one name if none given
     """
 
+    steps = property(lambda self: self._kept["steps"])
+    expert_ids = property(lambda self: self._kept["expert_ids"].long())
+    weights = property(lambda self: self._kept["weights"].float())
+    probabilities = property(lambda self: self._kept["probabilities"].float())
+
     def __init__(
         self,
         probe_BT: Tensor,
@@ -114,22 +119,6 @@ class RoutingSnapshots:
 
     def __len__(self) -> int:
         return len(self._kept["steps"]) if self._kept else 0
-
-    @property
-    def steps(self) -> Tensor:
-        return self._kept["steps"]
-
-    @property
-    def expert_ids(self) -> Tensor:
-        return self._kept["expert_ids"].long()
-
-    @property
-    def weights(self) -> Tensor:
-        return self._kept["weights"].float()
-
-    @property
-    def probabilities(self) -> Tensor:
-        return self._kept["probabilities"].float()
 
     @property
     def tokens(self) -> Tensor:

@@ -34,9 +34,6 @@ STRATA = ("audience", "format", "seed_data")
 ORDERS = ("highest", "lowest", "middle", "random")
 
 
-# --------------------------------------------------------------------------------------------------------- selection
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Selection(ShownAsTable):
     """The rows that were chosen, and how. Prints as a table, in a notebook too.

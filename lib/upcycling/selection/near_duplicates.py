@@ -15,9 +15,6 @@ SHINGLE = 5  # words
 PERMUTATIONS = 64  # of a MinHash: the standard error of a similarity of 0.8 is 0.05
 
 
-# --------------------------------------------------------------------------------------------------- near-duplicates
-
-
 class _Unique:
     """Which documents are not nearly the same as one added before, by datasketch's MinHash and its LSH index."""
 

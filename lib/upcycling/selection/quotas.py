@@ -8,9 +8,6 @@ from collections.abc import Mapping
 ALLOCATIONS = ("proportional", "uniform", "sqrt")
 
 
-# ---------------------------------------------------------------------------------------------------------- quotas
-
-
 def quotas(stratum_sizes: Mapping, budget: int, allocation: str = "proportional") -> dict:
     """Share `budget` over strata: {stratum: quota}, whole numbers that add up to min(budget, all sizes together).
 

@@ -31,9 +31,6 @@ def _texts(rows: Rows, column: str, numbers: list[int]) -> Iterator[str]:
         yield text
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-
-
 def _read(rows: Rows, columns: Sequence[str], size: int = 1000) -> Iterator[dict[str, list]]:
     """The columns of rows, whatever kind of rows they are, in batches {column: values}."""
     if isinstance(rows, Mapping):

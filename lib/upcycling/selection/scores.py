@@ -20,8 +20,6 @@ Documents = Sequence[Sequence[int]]  # the token ids of each
 WINDOW = 64  # tokens, of `normalized_entropy`
 LONGEST_CONTEXT = 1024  # tokens; a model that could read more is given windows of this length
 
-# ---------------------------------------------------------------------------------------------------------- scores
-
 
 def count_entropy(documents: Documents) -> np.ndarray:
     """Entropy of a document's own token counts, in nats: -sum_v (n_v / n) log(n_v / n), bos and eos left out.
