@@ -1,6 +1,7 @@
 """Matrix products by oneDNN and the loss in chunks: the same values and gradients as torch's own."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,16 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from upcycling import kernels as kernels_door
 from upcycling.checks import IGNORE
 from upcycling.core import experts as experts_module
 from upcycling.core import moe
 from upcycling.core.config import ModelConfig, MoEConfig
-from upcycling.core.model import DecoderLM
-from upcycling.kernels import expert_by_expert, products
-from upcycling.kernels.products import Linear, linear, linear_cross_entropy, takes_onednn, weight_gradient
+from upcycling.core.experts import Linear, linear
+from upcycling.core.model import DecoderLM, loss_in_chunks
+from upcycling.core.routing import Routing
+from upcycling.kernels import choice, expert_by_expert, few_rows, gradient_memory, private, products
+from upcycling.kernels.products import weight_gradient
 
 has_onednn = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    private.linear_pointwise is None,
     reason="this build of torch has no oneDNN product",
 )
 
@@ -26,8 +30,19 @@ has_onednn = pytest.mark.skipif(
 @pytest.fixture(params=[pytest.param(True, marks=has_onednn), False], ids=["onednn", "torch"])
 def onednn(request, monkeypatch):
     """Either way, whatever this machine would choose."""
-    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", request.param)
-    return request.param
+    return take(monkeypatch, request.param)
+
+
+KERNELS = (products.ONEDNN, few_rows.ONE_ROW, few_rows.TWO_TO_FOUR_ROWS, expert_by_expert.MANY, expert_by_expert.FEW)
+
+
+def take(monkeypatch, taken=True, kernels=KERNELS):
+    """Let `kernels` be taken, or not, whatever is faster here; UPCYCLING_KERNELS=0 does not count."""
+    for module in (choice, kernels_door):
+        monkeypatch.setattr(module, "ON", True)
+    for kernel in kernels:
+        monkeypatch.setitem(choice._taken, kernel.name, taken)
+    return taken
 
 
 def gradients(loss, *tensors):
@@ -46,7 +61,6 @@ def test_linear_is_that_of_torch(shape, bias, onednn):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(260, 300, requires_grad=True)
     wanted = [x, weight] + ([torch.randn(260, requires_grad=True)] if bias else [])
     bias_O = wanted[2] if bias else None
-    assert takes_onednn(x, weight) == onednn
     ours, theirs = linear(x, weight, bias_O), F.linear(x, weight, bias_O)
     dy = torch.randn_like(theirs)
     if x.numel():
@@ -60,7 +74,7 @@ def test_linear_is_that_of_torch(shape, bias, onednn):
 @has_onednn
 @pytest.mark.parametrize("rows, narrow, wide", [(256, 256, 1024), (255, 256, 1024), (256, 256, 1023), (300, 513, 2100)])
 def test_a_wide_weights_gradient(rows, narrow, wide, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    take(monkeypatch)
     x, weight, dy = torch.randn(rows, narrow), torch.randn(wide, narrow, requires_grad=True), torch.randn(rows, wide)
     found = weight_gradient(dy, x)
     assert found.is_contiguous() == ((rows, narrow, wide) != (256, 256, 1024)), "the transpose of x.T @ dy"
@@ -80,11 +94,12 @@ def test_only_the_gradients_that_are_wanted_are_computed(onednn):
 
 @has_onednn
 def test_what_onednn_does_not_take(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    take(monkeypatch)
     x, weight = torch.randn(4, 256), torch.randn(256, 256)
-    assert takes_onednn(x, weight)
-    assert not takes_onednn(x.double(), weight.double()) and not takes_onednn(x.bfloat16(), weight.bfloat16())
-    assert not takes_onednn(x, torch.randn(255, 256)) and not takes_onednn(x.to("meta"), weight.to("meta"))
+    fits = products.fits
+    assert fits(x, weight) and not fits(x[:0], weight)
+    assert not fits(x.double(), weight.double()) and not fits(x.bfloat16(), weight.bfloat16())
+    assert not fits(x, torch.randn(255, 256)) and not fits(x.to("meta"), weight.to("meta"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     layer = Linear(256, 256)
@@ -112,10 +127,10 @@ def test_experts_are_those_of_the_loop_values_and_gradients(activation, bias, lo
     routing = layer.route(x_ND)
     if load == "one expert":
         probabilities_NE, ids_NK = routing.probabilities_NE, torch.full((33, 1), 2)
-        routing = moe.Routing(routing.logits_NE, probabilities_NE, ids_NK, probabilities_NE[:, 2:3])
+        routing = Routing(routing.logits_NE, probabilities_NE, ids_NK, probabilities_NE[:, 2:3])
     if load == "empty experts":
         ids_NK = torch.tensor([[1, 3]]).expand(33, 2)
-        routing = moe.Routing(routing.logits_NE, routing.probabilities_NE, ids_NK, routing.weights_NK)
+        routing = Routing(routing.logits_NE, routing.probabilities_NE, ids_NK, routing.weights_NK)
     wanted = [x_ND, layer.router.weight, *layer.experts.parameters()]
     dy_ND, results = torch.randn(33, 256), []
     for compute in (moe.experts_sorted, moe.experts_loop):
@@ -153,23 +168,20 @@ def test_blocks_hold_each_experts_rows_and_hardly_more(counts):
 def test_few_sizes_of_blocks_serve_all_numbers_of_rows():
     blocks = [next(expert_by_expert._blocks([n, 10**6]))[2] for n in range(1, 2049)]
     assert len({block.stop - block.start for block in blocks}) == 64 + 3 * 32
-    with FlopCounterMode(display=False):  # what is counted are the experts' own rows
-        assert [block for _, _, block, _ in expert_by_expert._blocks([513, 300])] == [slice(0, 513), slice(513, 813)]
 
 
 @has_onednn
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
 @pytest.mark.parametrize("rows", [[130, 0, 257, 65, 1], [0, 3, 0, 600, 0], [7, 7, 7, 7, 7], [3, 0, 0, 0, 6]])
 def test_rows_of_neighbours_in_a_block_change_nothing(activation, rows, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    take(monkeypatch)
     experts, x_RD, ids_R, counts_E = experts_of(activation, 5, rows)
-    monkeypatch.setattr(experts_module, "few_rows_linear", None)  # not this path
     wanted, dy_RD = [x_RD.requires_grad_(), *experts.parameters()], torch.randn_like(x_RD)
     calls = []
     apply = expert_by_expert._ExpertByExpert.apply
     monkeypatch.setattr(expert_by_expert._ExpertByExpert, "apply", lambda *a: calls.append(a) or apply(*a))
     ours_RD = experts(x_RD, ids_R, counts_E) if sum(rows) >= 20 else expert_by_expert._ExpertByExpert.apply(
-        activation, rows, x_RD, experts.w_up_EFD, experts.w_gate_EFD, experts.w_down_EDF,
+        experts.activate, activation, rows, x_RD, experts.w_up_EFD, experts.w_gate_EFD, experts.w_down_EDF,
         experts.b_up_EF, experts.b_gate_EF, experts.b_down_ED,
     )  # fmt: skip
     theirs_RD = torch.cat([experts.expert(e, x) for e, x in enumerate(x_RD.split(rows))])
@@ -184,7 +196,7 @@ def test_rows_of_neighbours_in_a_block_change_nothing(activation, rows, monkeypa
 
 @has_onednn
 def test_frozen_experts_cost_no_gradients(monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    take(monkeypatch)
     experts, x_RD, ids_R, counts_E = experts_of("gelu", 4, [50, 60, 70, 80])
 
     def backward_flops():
@@ -202,35 +214,35 @@ def test_frozen_experts_cost_no_gradients(monkeypatch):
 
 def test_memory_of_a_large_gradient_is_taken_again_when_it_is_out_of_use():
     weight = torch.nn.Parameter(torch.empty(2**23 + 1))
-    first = products.gradient_like(weight)
+    first = gradient_memory.gradient_like(weight)
     place = first.data_ptr()
     assert (first.shape, first.dtype, first.requires_grad) == (weight.shape, weight.dtype, False)
-    second = products.gradient_like(weight)
+    second = gradient_memory.gradient_like(weight)
     assert second.data_ptr() != place, "the first one is still there"
     view, place = second[5:6], second.data_ptr()
     del second
-    assert products.gradient_like(weight).data_ptr() != place, "a part of it is still there"
+    assert gradient_memory.gradient_like(weight).data_ptr() != place, "a part of it is still there"
     del view
-    third = products.gradient_like(weight)
+    third = gradient_memory.gradient_like(weight)
     place = third.data_ptr()
     del third
-    assert products.gradient_like(weight).data_ptr() == place
-    assert weight in products._last_gradient
+    assert gradient_memory.gradient_like(weight).data_ptr() == place
+    assert weight in gradient_memory._last
     small = torch.nn.Parameter(torch.empty(8, 8).t())
-    assert products.gradient_like(small).stride() == small.stride() and small not in products._last_gradient
-    before = len(products._last_gradient)
+    assert gradient_memory.gradient_like(small).stride() == small.stride() and small not in gradient_memory._last
+    before = len(gradient_memory._last)
     del weight
-    assert len(products._last_gradient) == before - 1, "it goes with its weight"
+    assert len(gradient_memory._last) == before - 1, "it goes with its weight"
 
 
 @has_onednn
 def test_gradients_in_kept_memory_are_those_of_each_update(monkeypatch):
     """Updates with and without zero_grad, a copy that somebody keeps, experts without rows in between."""
-    monkeypatch.setattr(products, "ONEDNN_IS_FASTER", True)
+    take(monkeypatch)
     experts, *_ = experts_of("gelu", 4, [1, 1, 1, 1])
     kept, expected, taken = [], [], []
     for kept_from in (2**62, 0):  # never, always
-        monkeypatch.setattr(products, "KEPT_BYTES", kept_from)
+        monkeypatch.setattr(gradient_memory, "KEPT_BYTES", kept_from)
         for p in experts.parameters():
             p.grad = None
         found = []
@@ -263,11 +275,12 @@ def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn, monkeypa
     for x in (torch.randn(rows, shape[1]), torch.randn(shape[1], rows).t(), torch.randn(rows, 2 * shape[1])[:, ::2]):
         exact = F.linear(x.double(), weight.double(), None if bias_O is None else bias_O.double())
         with torch.no_grad():
-            for compute in (products.few_rows_linear, linear):
-                assert_close([compute(x, weight, bias_O).double()], [exact], 2e-6)
+            assert_close([linear(x, weight, bias_O).double()], [exact], 2e-6)
+            if onednn and rows <= 4 and shape[1] <= 2048:
+                assert_close([few_rows.few_rows_linear(x, weight, bias_O).double()], [exact], 2e-6)
         assert linear(x, weight, bias_O).requires_grad is False
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close([products.few_rows_linear(x, weight, bias_O).double()], [exact], 2e-2)
+        assert_close([linear(x, weight, bias_O).double()], [exact], 2e-2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         linear(x, weight, bias_O)
     assert counter.get_total_flops() == 2 * rows * weight.numel()
@@ -275,7 +288,7 @@ def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn, monkeypa
     monkeypatch.setattr(products, "few_rows_linear", lambda *a: taken.append(a) or few(*a))
     with torch.no_grad():
         linear(x, weight, bias_O)
-    assert bool(taken) == (onednn and rows <= 4 and min(shape) >= 256), "linear takes this way where it pays"
+    assert bool(taken) == (rows <= 4 and min(shape) >= 256), "linear asks for this way where it may pay"
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -284,13 +297,13 @@ def test_a_handful_of_rows_without_gradients(rows, shape, bias, onednn, monkeypa
 def test_a_few_tokens_without_gradients(activation, tokens, bias, onednn, monkeypatch):
     layer = small_moe(activation=activation, ffn_bias=bias).blocks[0].ffn
     x_ND = torch.randn(tokens, 256)
-    taken, few = [], experts_module.few_rows_linear
-    monkeypatch.setattr(experts_module, "few_rows_linear", lambda x, *a: taken.append(len(x)) or few(x, *a))
+    taken, few = [], expert_by_expert.few_rows_linear
+    monkeypatch.setattr(expert_by_expert, "few_rows_linear", lambda x, *a: taken.append(len(x)) or few(x, *a))
     with torch.no_grad():
         routing = layer.route(x_ND)
         ours_ND, theirs_ND = (f(layer.experts, x_ND, routing) for f in (moe.experts_sorted, moe.experts_loop))
     assert_close([ours_ND], [theirs_ND], 2e-6)
-    assert bool(taken) == (tokens < 8), "fewer than four rows for each of the four experts"
+    assert bool(taken) == (onednn and tokens < 8), "fewer than four rows for each of the four experts"
     assert max(taken, default=0) <= tokens
     taken.clear()
     assert layer(x_ND[None])[0].requires_grad and not taken
@@ -298,22 +311,39 @@ def test_a_few_tokens_without_gradients(activation, tokens, bias, onednn, monkey
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_single_token_without_sorting_is_the_same(activation, bias, onednn):
+def test_a_single_token_without_sorting_is_the_same(activation, bias, monkeypatch):
+    take(monkeypatch)
     torch.manual_seed(0)
     layer = small_moe(activation=activation, ffn_bias=bias).blocks[0].ffn
     x_1D = torch.randn(1, 256)
     routing = layer.route(x_1D)
+    assert few_rows.faster_one_token(layer.experts, x_1D, routing) is None, "not where gradients are wanted"
     with torch.no_grad():
-        ours_1D = moe.experts_of_one(layer.experts, x_1D, routing)
+        ours_1D = few_rows.faster_one_token(layer.experts, x_1D, routing)
         assert_close([ours_1D], [moe.experts_loop(layer.experts, x_1D, routing)], 2e-6)
         assert torch.equal(layer(x_1D[None])[0][0], ours_1D)  # the path that the layer takes
+        assert few_rows.faster_one_token(layer.double().experts, x_1D.double(), routing) is None
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        ours_1D = moe.experts_of_one(layer.experts, x_1D, routing)
-        assert_close([ours_1D.float()], [moe.experts_sorted(layer.experts, x_1D, routing).float()], 2e-2)
-    wide = layer.double().experts
-    with torch.no_grad():
-        exact_1D = moe.experts_loop(wide, x_1D.double(), routing)
-        assert_close([moe.experts_of_one(wide, x_1D.double(), routing)], [exact_1D], 1e-12)
+        assert few_rows.faster_one_token(layer.experts, x_1D, routing) is None
+
+
+def test_a_counter_sees_what_runs_and_changes_nothing(monkeypatch):
+    """The same bits with and without a FLOP counter, which sees NumPy's products and a block's extra rows, too."""
+    take(monkeypatch)
+    torch.manual_seed(0)
+    layer = small_moe().blocks[0].ffn
+    per_row = 2 * layer.experts.w_up_EFD[0].numel() * 3
+    for tokens in (1, 5, 200):
+        x_ND = torch.randn(tokens, 256)
+        with torch.no_grad():
+            plain_ND, routing = layer(x_ND)
+            with FlopCounterMode(display=False) as counter:
+                watched_ND, _ = layer(x_ND)
+        assert torch.equal(plain_ND, watched_ND)
+        found = counter.get_total_flops() - 2 * tokens * layer.router.weight.numel()
+        blocks = expert_by_expert._blocks(torch.bincount(routing.expert_ids_NK.flatten(), minlength=4).tolist())
+        rows = sum(block.stop - block.start for _, _, block, _ in blocks) if tokens == 200 else 2 * tokens
+        assert found == per_row * rows
 
 
 def test_checkpointed_blocks_have_the_same_gradients(onednn):
@@ -332,14 +362,14 @@ def test_checkpointed_blocks_have_the_same_gradients(onednn):
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_in_chunks_is_cross_entropy(bias, chunk, dtype, onednn, monkeypatch):
-    monkeypatch.setattr(products, "MOST_LOGITS", 300 * chunk)
+    monkeypatch.setattr("upcycling.core.model.CHUNK_LOGITS", 300 * chunk)
     torch.manual_seed(0)
     x, weight = torch.randn(23, 256, dtype=dtype), torch.randn(300, 256, dtype=dtype) / 16
     wanted = [t.requires_grad_() for t in ([x, weight, torch.randn(300, dtype=dtype)] if bias else [x, weight])]
     targets = torch.randint(300, (23,))
     targets[[0, 9, 22]] = IGNORE
     bias_V = wanted[2] if bias else None
-    ours = linear_cross_entropy(x, weight, bias_V, targets, IGNORE)
+    ours = loss_in_chunks(x, SimpleNamespace(weight=weight, bias=bias_V), targets)
     theirs = F.cross_entropy(F.linear(x, weight, bias_V), targets, ignore_index=IGNORE)
     relative = 1e-12 if dtype == torch.float64 else 2e-6
     assert_close([ours, *gradients(3 * ours, *wanted)], [theirs, *gradients(3 * theirs, *wanted)], relative)
@@ -348,7 +378,7 @@ def test_the_loss_in_chunks_is_cross_entropy(bias, chunk, dtype, onednn, monkeyp
 def test_a_large_vocabulary_never_holds_all_logits(monkeypatch):
     """The largest tensor of a training step is a chunk of the logits, not all of them."""
     monkeypatch.setattr("upcycling.core.model.MANY_LOGITS", 2**16)
-    monkeypatch.setattr(products, "MOST_LOGITS", 2**14)
+    monkeypatch.setattr("upcycling.core.model.CHUNK_LOGITS", 2**14)
     torch.manual_seed(0)
     model = DecoderLM(ModelConfig.smol(vocab_size=4096, d_model=8, n_layers=1, n_heads=1, d_ff=8, seq_len=32))
     ids_BT = torch.randint(4096, (4, 33))
@@ -381,7 +411,7 @@ def test_the_loss_in_chunks_under_autocast():
     x, weight = torch.randn(40, 64, requires_grad=True), (torch.randn(96, 64) / 8).requires_grad_()
     targets = torch.randint(96, (40,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(x, weight, None, targets, IGNORE)
+        loss = loss_in_chunks(x, SimpleNamespace(weight=weight, bias=None), targets)
     loss.backward()
     exact = F.cross_entropy(F.linear(x, weight), targets)
     assert loss.dtype == torch.float32 and x.grad.dtype == weight.grad.dtype == torch.float32

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from ..core.config import ModelConfig, MoEConfig
+from ..core.experts import activate
 from ..core.model import FeedForward
 from ..core.moe import MoELayer, experts_loop
-from ..kernels.activation import activate
-from ..kernels.products import product, takes_onednn
+from ..kernels.products import ONEDNN, fits, product
 from .measure import Bench, Comparison, compared
 
 
@@ -265,7 +265,7 @@ def products(shape: Shape, device: str):
     for i, o in zip(ins, outs):
         x, y, w = (torch.randn(size, device=device) for size in ((rows, i), (rows, o), (o, i)))
         matrices.append((x, y, w, torch.empty_like(x), torch.empty_like(y), torch.empty_like(w)))
-    by_onednn = takes_onednn(x, w)
+    by_onednn = fits(x, w) and ONEDNN.taken()
 
     @torch.no_grad()
     def run():

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.config import ModelConfig, MoEConfig
+from ..core.experts import linear
 from ..core.model import DecoderLM
 from ..cost.parameters import forward_flops
 from ..hf.decoder_lm import to_hf
-from ..kernels.products import linear
 from .measure import Bench, Comparison, compared
 
 SHAPE = ModelConfig.smol(vocab_size=2048, d_model=384, n_layers=6, n_heads=6, d_ff=1024, seq_len=256)

@@ -1,21 +1,40 @@
 """The experts of an MoE: stacked weights, and their computation over rows that are sorted by expert.
 
-Shapes: R rows, D model width, F FFN width, E experts; B rows of one block (one expert's, and a few of its neighbours').
-
-Three ways, chosen by `Experts.forward`: torch's grouped products (GPUs, and CPUs where nothing is faster), one expert
-after the other by oneDNN's products (`upcycling.products`), and a product per expert for a handful of rows.
+Shapes: N tokens, R rows, D model width, F FFN width, E experts, I inputs and O outputs of a matrix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.activation import activate
-from ..kernels.expert_by_expert import _ExpertByExpert
-from ..kernels.products import NARROWEST, few_rows_linear, takes_onednn
+from . import faster
 from .config import ModelConfig
+
+
+def activate(name: str, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
+    """The FFN's hidden units: gelu(up), gelu_tanh(up) (OpenAI's GPT-2), relu(up), or silu(gate) * up for swiglu."""
+    if name == "swiglu":
+        return F.silu(gate_NF) * up_NF
+    if name == "relu":
+        return F.relu(up_NF)
+    return F.gelu(up_NF, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """y (..., O) = x (..., I) @ weight_OI.T + bias_O, as `F.linear`; by a kernel where one is faster here."""
+    y = faster("linear", x, weight_OI, bias_O)
+    return F.linear(x, weight_OI, bias_O) if y is None else y
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Experts(nn.Module):
@@ -37,26 +56,23 @@ class Experts(nn.Module):
         """y_RD: row r through expert expert_ids_R[r]; rows are sorted by expert, counts_E is how many each has.
 
         For the backward pass it keeps the rows and the hidden units before and after the activation, R (D + 2 F)
-        numbers; for swiglu R (D + 4 F), expert by expert R (D + 2 F), as it computes what follows the gate again.
+        numbers; for swiglu R (D + 4 F), by a kernel R (D + 2 F), as it computes what follows the gate again.
         """
-        few, narrowest = len(x_RD) < 4 * len(counts_E), min(self.w_up_EFD.shape[1:])
-        on_cpu = x_RD.device.type == "cpu"
-        if few and narrowest >= NARROWEST and on_cpu and len(x_RD) and not torch.is_grad_enabled():
-            parts = zip(range(len(counts_E)), x_RD.split(counts_E.tolist()))
-            return torch.cat([self.expert(e, x, few_rows_linear) for e, x in parts if len(x)])
-        enough = not few or narrowest >= 512  # for what oneDNN costs per expert
-        if len(x_RD) and enough and takes_onednn(x_RD, self.w_up_EFD):
-            weights = (self.w_up_EFD, self.w_gate_EFD, self.w_down_EDF, self.b_up_EF, self.b_gate_EF, self.b_down_ED)
-            return _ExpertByExpert.apply(self.activation, counts_E.tolist(), x_RD, *weights)
+        y_RD = faster("experts", self, x_RD, counts_E)
+        if y_RD is not None:
+            return y_RD
         up_RF = grouped_linear(x_RD, self.w_up_EFD, self.b_up_EF, expert_ids_R, counts_E)
         gate_RF = None
         if self.w_gate_EFD is not None:
             gate_RF = grouped_linear(x_RD, self.w_gate_EFD, self.b_gate_EF, expert_ids_R, counts_E)
-        return grouped_linear(
-            activate(self.activation, up_RF, gate_RF), self.w_down_EDF, self.b_down_ED, expert_ids_R, counts_E
-        )
+        act_RF = self.activate(up_RF, gate_RF)
+        return grouped_linear(act_RF, self.w_down_EDF, self.b_down_ED, expert_ids_R, counts_E)
 
-    def expert(self, e: int, x_ND: Tensor, linear=F.linear) -> Tensor:
+    def activate(self, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
+        """The hidden units of any rows, see `activate`."""
+        return activate(self.activation, up_NF, gate_NF)
+
+    def expert(self, e: int, x_ND: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
         """y_ND: x_ND through expert `e` alone; the definition of what an expert computes."""
 
         def apply(x, weight, bias):
@@ -64,7 +80,7 @@ class Experts(nn.Module):
 
         up_NF = apply(x_ND, self.w_up_EFD, self.b_up_EF)
         gate_NF = None if self.w_gate_EFD is None else apply(x_ND, self.w_gate_EFD, self.b_gate_EF)
-        return apply(activate(self.activation, up_NF, gate_NF), self.w_down_EDF, self.b_down_ED)
+        return apply(self.activate(up_NF, gate_NF), self.w_down_EDF, self.b_down_ED)
 
 
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, expert_ids_R: Tensor, counts_E: Tensor) -> Tensor:

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import IGNORE
-from ..kernels.activation import activate
-from ..kernels.products import Linear, linear_cross_entropy
 from .balance import aux_loss, importance_loss, load_loss, pooled_aux_loss, sequence_aux_loss, z_loss
 from .config import ModelConfig
-from .experts import Experts
+from .experts import Experts, Linear, activate
 from .moe import MoELayer
 from .routing import Routing, expert_counts
 
@@ -38,7 +36,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-MANY_LOGITS = 2**26  # 256 MiB in float32
+MANY_LOGITS = 2**26  # 256 MiB in float32: more are not kept all at once
+CHUNK_LOGITS = 2**24  # then this many exist at a time
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,24 @@ class LMOutput:
         return torch.stack(values) if values else torch.zeros(0)
 
 
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Mean nats over the targets that are not IGNORE, in float32 at least."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE)
+
+
+def loss_in_chunks(x_ND: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
+    """`cross_entropy(head(x_ND), targets_N)`, whose logits never exist all at once where torch can do that (2.13)."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return cross_entropy(head(x_ND), targets_N)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK_LOGITS // len(head.weight)))
+    weight_VD, bias_V = head.weight, head.bias
+    return F.linear_cross_entropy(x_ND, weight_VD, targets_N, linear_bias=bias_V, ignore_index=IGNORE, options=options)
+
+
+Rotary = tuple[Tensor, Tensor]  # cos_TP, sin_TP
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, for every layer, in tensors allocated once: (B, G, seq_len, C)."""
 
@@ -83,16 +100,16 @@ class KVCache:
 
 
 def rotary_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos_TC, sin_TC of RoPE (Su et al. 2021), in the half-split layout of Hugging Face's Llama."""
+    """cos_TP, sin_TP of RoPE (Su et al. 2021) for the P = C/2 pairs of a head."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim)
-    angles_TC = torch.outer(positions_T.float(), frequencies).repeat(1, 2)
-    return angles_TC.cos(), angles_TC.sin()
+    angles_TP = torch.outer(positions_T.float(), frequencies)
+    return angles_TP.cos(), angles_TP.sin()
 
 
-def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn each pair (i, i + C/2) of a head by its position's angle."""
+def rotate(x_BHTC: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Turn each pair (i, i + C/2) of a head by its position's angle: the half-split layout of Hugging Face's Llama."""
     first, second = x_BHTC.chunk(2, dim=-1)
-    return x_BHTC * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC
+    return torch.cat((first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP), dim=-1)
 
 
 class Attention(nn.Module):
@@ -107,7 +124,11 @@ class Attention(nn.Module):
         self.v = Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.out = Linear(config.d_model, config.d_model, bias=config.attention_out_bias)
 
-    def forward(self, x_BTD: Tensor, rotary, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, layer: int) -> Tensor:
+        """y_BTD: what each position gathers from itself and those before it.
+
+        `rotary` is (cos_TP, sin_TP) under RoPE. With a `cache` the T tokens follow those that it holds, and see them.
+        """
         c, (b, t, _) = self.config, x_BTD.shape
         q_BHTC = self.q(x_BTD).view(b, t, c.n_heads, c.head_dim).transpose(1, 2)
         k_BGTC = self.k(x_BTD).view(b, t, c.kv_heads, c.head_dim).transpose(1, 2)
@@ -122,14 +143,10 @@ class Attention(nn.Module):
         if c.causal and past and t > 1:  # new tokens see the cached ones and the new ones before them
             mask_TS = torch.ones(t, past + t, dtype=torch.bool, device=x_BTD.device).tril(past)
         y_BHTC = F.scaled_dot_product_attention(
-            q_BHTC,
-            k_BGTC,
-            v_BGTC,
-            attn_mask=mask_TS,
+            q_BHTC, k_BGTC, v_BGTC, mask_TS,
             is_causal=c.causal and past == 0 and t > 1,
-            dropout_p=c.dropout if self.training else 0.0,
-            enable_gqa=c.kv_heads != c.n_heads,
-        )
+            dropout_p=c.dropout if self.training else 0.0, enable_gqa=c.kv_heads != c.n_heads,
+        )  # fmt: skip
         return self.out(y_BHTC.transpose(1, 2).reshape(b, t, c.d_model))
 
 
@@ -145,6 +162,7 @@ class FeedForward(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, bias=config.ffn_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """y_BTD: each position by itself, through F hidden units."""
         gate_BTF = None if self.gate is None else self.gate(x_BTD)
         return self.down(activate(self.activation, self.up(x_BTD), gate_BTF))
 
@@ -167,8 +185,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, rotary, cache: KVCache | None, tokens_BT: Tensor | None = None
+        self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, tokens_BT: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
+        """(the residual stream x_BTD after this layer, the Routing of its experts or None for a dense FFN).
+
+        `tokens_BT`, the token ids, is for hash routing; `rotary` and `cache` as in `Attention.forward`.
+        """
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, self.layer))
         routing = None
         if isinstance(self.ffn, MoELayer):
@@ -233,7 +255,7 @@ class DecoderLM(nn.Module):
             x_BTD = x_BTD + self.position_embedding(positions_T)
         elif self.config.position == "rope":
             tables = rotary_tables(positions_T, self.config.head_dim, self.config.rope_theta)
-            rotary = tuple(table.to(x_BTD.dtype) for table in tables)
+            rotary = (tables[0].to(x_BTD.dtype), tables[1].to(x_BTD.dtype))
         x_BTD = self.dropout(x_BTD)
         routings = []
         for block in self.blocks:
@@ -247,15 +269,10 @@ class DecoderLM(nn.Module):
             cache.length += tokens_BT.shape[1]
         x_BTD = self.norm(x_BTD)
         if targets_BT is not None and tokens_BT.numel() * self.config.vocab_size > MANY_LOGITS:
-            weight_VD, bias_V, targets_N = self.head.weight, self.head.bias, targets_BT.flatten()
-            loss = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, bias_V, targets_N, IGNORE)
+            loss = loss_in_chunks(x_BTD.flatten(0, 1), self.head, targets_BT.flatten())
             return LMOutput(None, loss, routings, len(tokens_BT))
         logits_BTV = self.head(x_BTD)
-        loss = None
-        if targets_BT is not None:
-            logits_NV = logits_BTV.flatten(0, 1)
-            logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-            loss = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORE)
+        loss = None if targets_BT is None else cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
         return LMOutput(logits_BTV, loss, routings, len(tokens_BT))
 
     def objective(self, output: LMOutput) -> Tensor:

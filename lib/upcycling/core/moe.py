@@ -1,31 +1,30 @@
-"""Mixture-of-Experts: route, dispatch, compute, combine.
+"""Mixture-of-Experts: route, dispatch, experts, combine.
 
-Shapes: N tokens, D model width, F FFN width, E experts, K experts per token, R = N*K routed rows.
+Shapes: B batch, T sequence, N = B*T tokens, D model width, E experts, K experts per token, R = N*K routed rows.
 
-The forward pass of `MoELayer`, step by step:
-  1. `router`      x_ND -> logits_NE, a score for each expert
-  2. `route`       softmax, keep the K best, renormalise -> Routing
-  3. dispatch      each token's vector goes to its K experts
-  4. `Experts`     each expert is an ordinary FFN over the rows that it was sent
-  5. combine       each token's K results are added up with its combine weights
+The layer as a sentence (`MoELayer.forward` and `experts_sorted`):
 
-`experts_loop` is the definition of 3-5; `experts_sorted` computes the same with one sort, each expert's rows together.
-Step 4 is in `upcycling.experts`, other rules for step 2 are in `upcycling.routers`.
+    routing = layer.route(x_ND)                     which K experts each token goes to, and their weights
+    rows = dispatch(routing)                        every choice a row, sorted by expert
+    y_RD = experts(x_ND[rows.token_R], ...)         each expert is an ordinary FFN over the rows that it was sent
+    y_ND = combine(y_RD, routing, rows)             each token's K results, added up with its weights
+
+`experts_loop` is the definition of the last three; `experts_sorted` computes the same with one sort.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.combine import _Combine
-from ..kernels.products import linear, row_linear
+from . import faster, uncompiled
 from .config import ModelConfig
-from .experts import Experts
+from .experts import Experts, linear
 from .routing import Routing, limit_capacity, route
 
 
@@ -43,31 +42,42 @@ def experts_loop(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
 
 
 def experts_sorted(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
-    """y_ND, the fast path: sort the N*K rows by expert, compute them in groups, put them back and add up."""
+    """y_ND as `experts_loop` defines it, up to rounding: one sort, and each expert's rows together."""
+    rows = dispatch(routing)
+    if len(rows.token_R) == 0:
+        return x_ND * 0
+    y_RD = experts(x_ND.index_select(0, rows.token_R), rows.expert_R, rows.counts_E)
+    return combine(y_RD, routing, rows)
+
+
+class Rows(NamedTuple):
+    """The choices of all tokens as rows sorted by expert; choices that were not kept have none."""
+
+    token_R: Tensor  # whose vector a row is
+    expert_R: Tensor  # where it goes
+    counts_E: Tensor  # how many rows each expert has
+    row_of_NK: Tensor  # the row of each choice; of one that was not kept (weight 0) the last row
+
+
+def dispatch(routing: Routing) -> Rows:
+    """The rows of `routing`, sorted by expert and within an expert by token."""
     num_experts = routing.probabilities_NE.shape[-1]
     n, k = routing.expert_ids_NK.shape
-    ids_NK, all_rows = routing.expert_ids_NK, True
-    if routing.kept_NK is not None and not routing.computes_all:
-        ids_NK, all_rows = ids_NK.masked_fill(~routing.kept_NK, num_experts), False  # sorted behind all experts
-    expert_ids_R, order_R = ids_NK.flatten().sort(stable=True)
+    ids_NK, all_kept = routing.expert_ids_NK, routing.kept_NK is None or routing.computes_all
+    if not all_kept:
+        ids_NK = ids_NK.masked_fill(~routing.kept_NK, num_experts)  # sorted behind all experts
+    expert_R, order_R = ids_NK.flatten().sort(stable=True)
     row_of_NK = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(n * k, device=order_R.device)).view(n, k)
-    counts_E = torch.bincount(expert_ids_R, minlength=num_experts)[:num_experts]
-    if not all_rows:
+    counts_E = torch.bincount(expert_R, minlength=num_experts)[:num_experts]
+    if not all_kept:
         rows = int(counts_E.sum())
-        if rows == 0:
-            return x_ND * 0
-        expert_ids_R, order_R, row_of_NK = expert_ids_R[:rows], order_R[:rows], row_of_NK.clamp(max=rows - 1)
-    y_RD = experts(x_ND.index_select(0, order_R // k), expert_ids_R, counts_E)
-    weights_NK = routing.weights_NK.to(y_RD.dtype)
-    if not torch.is_grad_enabled():
-        return F.embedding_bag(row_of_NK, y_RD, mode="sum", per_sample_weights=weights_NK)
-    return _Combine.apply(y_RD, weights_NK, row_of_NK, order_R)
+        expert_R, order_R, row_of_NK = expert_R[:rows], order_R[:rows], row_of_NK.clamp(max=max(rows - 1, 0))
+    return Rows(order_R // k, expert_R, counts_E, row_of_NK)
 
 
-def experts_of_one(experts: Experts, x_1D: Tensor, routing: Routing) -> Tensor:
-    """y_1D of a single token on a CPU, as in generation, without gradients: its K experts, nothing to sort."""
-    y_KD = torch.cat([experts.expert(e, x_1D, row_linear) for e in routing.expert_ids_NK[0].tolist()])
-    return routing.weights_NK.to(y_KD.dtype) @ y_KD
+def combine(y_RD: Tensor, routing: Routing, rows: Rows) -> Tensor:
+    """y_ND: the K rows of each token, looked up and added with its combine weights in one pass."""
+    return F.embedding_bag(rows.row_of_NK, y_RD, mode="sum", per_sample_weights=routing.weights_NK.to(y_RD.dtype))
 
 
 class MoELayer(nn.Module):
@@ -122,15 +132,18 @@ class MoELayer(nn.Module):
             routing = replace(routing, clean_logits_NE=clean_NE, noise_std_NE=noise_std_NE)
         return routing if self.moe.capacity_factor is None else limit_capacity(routing, self.moe.capacity_factor)
 
-    # As torch.compiler.disable, which would load the compiler here. How many rows an expert gets depends on the data:
-    # torch.compile takes the rest of a block and leaves this as it is.
-    @torch._disable_dynamo
+    @uncompiled  # how many rows an expert gets depends on the data: torch.compile takes the rest of a block
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """(y_BTD, the Routing of the N = B*T tokens). `tokens_BT`, the token ids, is needed by hash routing only.
+
+        y_BTD[b, t] is the sum over the token's K experts of combine weight times expert output, plus the shared
+        experts' output if there are any. Any leading dimensions will do: (N, D) as well as (B, T, D).
+        """
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND, None if tokens_BT is None else tokens_BT.flatten())
-        one = len(x_ND) == 1 and x_ND.device.type == "cpu" and routing.kept_NK is None
-        compute = experts_of_one if one and not torch.is_grad_enabled() else experts_sorted
-        y_ND = compute(self.experts, x_ND, routing)
+        y_ND = faster("one token", self.experts, x_ND, routing)
+        if y_ND is None:
+            y_ND = experts_sorted(self.experts, x_ND, routing)
         if self.shared is not None:
             y_ND = y_ND + self.shared.expert(0, x_ND, linear)
         return y_ND.view_as(x_BTD), routing

@@ -1,12 +1,11 @@
 """One token of one sequence at a time, on a CPU, without modules: what `generate` uses for a batch of one.
 
 Computing one token means reading every active weight once; so what counts is how fast a matrix-vector product reads,
-and how little is done between two of them. NumPy's dot product of each row with the vector reads a weight as it lies,
-(out, in), at nearly the speed of memory, where the products that torch calls reach half of it (MKL on AMD, measured);
-transposed copies for them would read at two thirds, need the memory twice, and cost what 40 to 180 tokens save. It
-uses one thread. The arrays below share memory with the model's parameters and its KVCache: nothing is copied, set-up
-takes a millisecond, no weight is stale. Routing is `MoELayer.route` itself, so every rule works, also one that
-`upcycling.intervention` changes for a while.
+and how little is done between two of them. On some processors NumPy's dot product of each row with the vector reads a
+weight as it lies, (out, in), at nearly the speed of memory, where the products that torch calls reach half of it; it
+is taken where it is faster (`upcycling.kernels`), else torch's. The arrays below share memory with the model's
+parameters and its KVCache: nothing is copied, set-up takes a millisecond, no weight is stale. Routing is
+`MoELayer.route` itself, so every rule works, also one that `upcycling.intervene` changes for a while.
 
 Shapes: D model width, F FFN width, H query heads, G key/value heads, C head width, S context, V vocabulary, I inputs
 and O outputs of a matrix.
@@ -21,13 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..core.experts import Experts
+from ..core.config import ModelConfig
+from ..core.experts import Experts, Linear, activate
 from ..core.model import Attention, Block, DecoderLM, FeedForward, KVCache, rotary_tables
 from ..core.moe import MoELayer
-from ..kernels.activation import activate
-from ..kernels.products import Linear
+from ..kernels.choice import ON
+from ..kernels.few_rows import ONE_ROW, computed
 
 Function = Callable[[np.ndarray], np.ndarray]
 _KNOWN = (DecoderLM, Block, Attention, FeedForward, MoELayer, Experts, nn.Module, nn.ModuleList)
@@ -37,10 +36,10 @@ _KNOWN += (nn.Linear, Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout
 def can_decode(model) -> bool:
     """Does a `Decoder` compute what `model` would? A DecoderLM as built, in float32 or float64 on a CPU.
 
-    Not where something watches or changes its modules (a hook, a replaced module, torch.compile, autocast, a FLOP
-    counter); hooks on routers are heard.
+    Not where something watches or changes its modules (a hook, a replaced module, torch.compile, autocast); hooks on
+    routers are heard, and a FLOP counter is told what NumPy computes. UPCYCLING_KERNELS=0 says no, too.
     """
-    if type(model) is not DecoderLM or torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
+    if not ON or type(model) is not DecoderLM or torch.is_autocast_enabled("cpu"):
         return False
     dtype = model.token_embedding.weight.dtype
     if dtype not in (torch.float32, torch.float64):
@@ -69,26 +68,31 @@ class Decoder:
         self.rotary = None
         if self.config.position == "rope":
             self.rotary = _signed_tables(self.config, self.embedding_VD.dtype)
-        self.layers = []
+        self.layers, self.flops = [], 0  # flops: of the products that every token takes and torch does not see
         for block in model.blocks:
-            feed = _experts(block.ffn) if isinstance(block.ffn, MoELayer) else _feed_forward(block.ffn)
+            feed = SparseFeed(block.ffn) if isinstance(block.ffn, MoELayer) else DenseFeed(block.ffn)
             self.layers.append((_norm(block.attention_norm), self._attention(block), _norm(block.ffn_norm), feed))
         self.norm, self.head = _norm(model.norm), _linear(model.head)
+        self.flops += self.head.flops
 
     def step(self, token: int) -> Tensor:
         """logits_1V after one more token."""
-        x_D = self.embedding_VD[token]
+        x_D, flops = self.embedding_VD[token], self.flops
         if self.position_SD is not None:
             x_D = x_D + self.position_SD[self.cache.length]
         for attention_norm, attend, ffn_norm, feed in self.layers:
             x_D = x_D + attend(attention_norm(x_D))
-            x_D = x_D + feed(ffn_norm(x_D), token)
+            y_D, unseen = feed(ffn_norm(x_D), token)
+            x_D, flops = x_D + y_D, flops + unseen
         self.cache.length += 1
-        return torch.from_numpy(self.head(self.norm(x_D)))[None]
+        logits_1V = torch.from_numpy(self.head(self.norm(x_D)))[None]
+        computed(logits_1V, flops)
+        return logits_1V
 
     def _attention(self, block: Block) -> Function:
         h, g, c = self.config.n_heads, self.config.kv_heads, self.config.head_dim
         q, k, v, out = (_linear(getattr(block.attention, name)) for name in ("q", "k", "v", "out"))
+        self.flops += sum(product.flops for product in (q, k, v, out))
         keys_GSC, values_GSC = (x[block.layer, 0] for x in (self.cache.keys, self.cache.values))
         new_keys_GSC, new_values_GSC = _array(keys_GSC), _array(values_GSC)
 
@@ -109,7 +113,7 @@ class Decoder:
         return attend
 
     def _rotate(self, x_HC: np.ndarray, position: int) -> np.ndarray:
-        """As `upcycling.model.rotate`: the halves of a head change places, and one of them its sign."""
+        """As `core.model.rotate`: the halves of a head change places, and one of them its sign."""
         cos, sin = self.rotary
         halves = x_HC.reshape(len(x_HC), 2, -1)
         return (halves * cos[position] + halves[:, ::-1] * sin[position]).reshape(x_HC.shape)
@@ -120,23 +124,33 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().numpy()
 
 
-def _signed_tables(config, dtype) -> tuple[np.ndarray, np.ndarray]:
+def _signed_tables(config: ModelConfig, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """cos, sin of every position as (S, 2, C/2), the sine of the first half negative."""
     tables = rotary_tables(torch.arange(config.seq_len), config.head_dim, config.rope_theta)
-    cos, sin = (table.numpy().astype(dtype).reshape(config.seq_len, 2, -1) for table in tables)
+    cos, sin = (table.numpy().astype(dtype)[:, None].repeat(2, 1) for table in tables)
     sin[:, 0] *= -1
     return cos, sin
 
 
-def _linear(linear: nn.Linear) -> Function:
-    return _product(_array(linear.weight), None if linear.bias is None else _array(linear.bias))
+def _linear(linear: nn.Linear) -> Product:
+    return Product(linear.weight, linear.bias)
 
 
-def _product(weight_OI: np.ndarray, bias_O: np.ndarray | None) -> Function:
-    rows_O1I = weight_OI[:, None, :]  # so that matmul takes a dot product for each row
-    if bias_O is None:
-        return lambda x_I: np.matmul(rows_O1I, x_I)[:, 0]
-    return lambda x_I: np.matmul(rows_O1I, x_I)[:, 0] + bias_O
+class Product:
+    """x_I -> weight_OI @ x_I + bias_O, by the product that is faster here; `flops`: those that torch does not see."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
+        self.bias_O = None if bias_O is None else _array(bias_O)
+        self.by_numpy = weight_OI.dtype == torch.float64 or ONE_ROW.taken()
+        self.weight_OI, self.flops = weight_OI.detach(), 2 * weight_OI.numel() if self.by_numpy else 0
+        self.rows_O1I = _array(weight_OI)[:, None, :]  # so that matmul takes a dot product for each row
+
+    def __call__(self, x_I: np.ndarray) -> np.ndarray:
+        if self.by_numpy:
+            y_O = np.matmul(self.rows_O1I, x_I)[:, 0]
+        else:
+            y_O = torch.mv(self.weight_OI, torch.from_numpy(x_I)).numpy()
+        return y_O if self.bias_O is None else y_O + self.bias_O
 
 
 def _norm(norm: nn.Module) -> Function:
@@ -145,53 +159,64 @@ def _norm(norm: nn.Module) -> Function:
         return lambda x_D: x_D * (1 / math.sqrt(x_D.dot(x_D) / len(x_D) + eps)) * weight_D
     bias_D = _array(norm.bias)
 
-    def layer_norm(x_D):
+    def layer_norm(x_D: np.ndarray) -> np.ndarray:
         x_D = x_D - np.add.reduce(x_D) / len(x_D)
         return x_D * (1 / math.sqrt(x_D.dot(x_D) / len(x_D) + eps)) * weight_D + bias_D
 
     return layer_norm
 
 
-def _feed_forward(ffn: FeedForward) -> Callable[[np.ndarray, int], np.ndarray]:
-    gate = None if ffn.gate is None else _linear(ffn.gate)
-    unit = _unit(ffn.activation, _linear(ffn.up), gate, _linear(ffn.down))
-    return lambda x_D, token: unit(x_D)
-
-
-def _unit(activation: str, up: Function, gate: Function | None, down: Function) -> Function:
+class Unit:
     """One FFN, or one expert."""
 
-    def unit(x_D):
-        gate_F = None if gate is None else torch.from_numpy(gate(x_D))
-        return down(activate(activation, torch.from_numpy(up(x_D)), gate_F).numpy())
+    def __init__(self, activation: str, up: Product, gate: Product | None, down: Product):
+        self.activation, self.up, self.gate, self.down = activation, up, gate, down
+        self.flops = sum(product.flops for product in (up, gate, down) if product is not None)
 
-    return unit
+    def __call__(self, x_D: np.ndarray) -> np.ndarray:
+        gate_F = None if self.gate is None else torch.from_numpy(self.gate(x_D))
+        return self.down(activate(self.activation, torch.from_numpy(self.up(x_D)), gate_F).numpy())
 
 
-def _experts(layer: MoELayer) -> Callable[[np.ndarray, int], np.ndarray]:
-    units = _units(layer.experts)
-    shared = None if layer.shared is None else _units(layer.shared)[0]
+class DenseFeed:
+    """An FFN: (y_D, the FLOPs that torch did not see)."""
 
-    def feed(x_D, token):
-        routing = layer.route(torch.from_numpy(x_D)[None], torch.tensor([token]))
-        y_D = np.zeros_like(x_D) if shared is None else shared(x_D)
+    def __init__(self, ffn: FeedForward):
+        gate = None if ffn.gate is None else _linear(ffn.gate)
+        self.unit = Unit(ffn.activation, _linear(ffn.up), gate, _linear(ffn.down))
+
+    def __call__(self, x_D: np.ndarray, token: int) -> tuple[np.ndarray, int]:
+        return self.unit(x_D), self.unit.flops
+
+
+class SparseFeed:
+    """The experts that the layer's own `route` chooses: (y_D, the FLOPs that torch did not see)."""
+
+    def __init__(self, layer: MoELayer):
+        self.layer, self.units = layer, _units(layer.experts)
+        self.shared = None if layer.shared is None else _units(layer.shared)[0]
+
+    def __call__(self, x_D: np.ndarray, token: int) -> tuple[np.ndarray, int]:
+        routing = self.layer.route(torch.from_numpy(x_D)[None], torch.tensor([token]))
+        y_D, flops = np.zeros_like(x_D), 0
+        if self.shared is not None:
+            y_D, flops = self.shared(x_D), self.shared.flops
         for e, weight in zip(routing.expert_ids_NK[0].tolist(), routing.weights_NK[0].tolist()):
             if weight:  # a choice that was not kept has weight 0
-                y_D += weight * units[e](x_D)
-        return y_D
+                y_D += weight * self.units[e](x_D)
+                flops += self.units[e].flops
+        return y_D, flops
 
-    return feed
 
-
-def _units(experts: Experts) -> list[Function]:
+def _units(experts: Experts) -> list[Unit]:
     """Each expert as a function of x_D."""
 
-    def products(weight_EOI, bias_EO):
+    def products(weight_EOI: Tensor | None, bias_EO: Tensor | None) -> list[Product | None]:
         if weight_EOI is None:
             return [None] * len(experts.w_up_EFD)
-        biases = [None] * len(weight_EOI) if bias_EO is None else _array(bias_EO)
-        return [_product(weight_OI, bias_O) for weight_OI, bias_O in zip(_array(weight_EOI), biases)]
+        biases = [None] * len(weight_EOI) if bias_EO is None else bias_EO
+        return [Product(weight_OI, bias_O) for weight_OI, bias_O in zip(weight_EOI, biases)]
 
     ups, gates = products(experts.w_up_EFD, experts.b_up_EF), products(experts.w_gate_EFD, experts.b_gate_EF)
     downs = products(experts.w_down_EDF, experts.b_down_ED)
-    return [_unit(experts.activation, *parts) for parts in zip(ups, gates, downs)]
+    return [Unit(experts.activation, *parts) for parts in zip(ups, gates, downs)]

@@ -1,17 +1,55 @@
-"""The experts by oneDNN, one after the other, so that the rows of each stay in the cache."""
+"""The experts by oneDNN, one after the other, so that the rows of each stay in the cache.
+
+Shapes: R rows sorted by expert, D model width, F FFN width, E experts; B rows of one block (one expert's, and a few of
+its neighbours').
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .activation import activate, activate_backward
-from .products import gradient_like, product, weight_gradient
+from . import private
+from .choice import Kernel
+from .few_rows import few_rows_linear
+from .gradient_memory import gradient_like
+from .products import ONEDNN, fits, product, weight_gradient
+
+
+def faster_experts(experts, x_RD: Tensor, counts_E: Tensor) -> Tensor | None:
+    """y_RD of `core.experts.Experts`, rows sorted by expert, counts_E of each; None where the plain way is as fast."""
+    if not fits(x_RD, experts.w_up_EFD):
+        return None
+    few = len(x_RD) < 4 * len(counts_E)
+    if few and not torch.is_grad_enabled():
+        return _one_product_each(experts, x_RD, counts_E) if FEW.taken() else None
+    if few and min(experts.w_up_EFD.shape[1:]) < 512:  # too little for what oneDNN costs per expert
+        return None
+    return _by_onednn(experts, x_RD, counts_E) if MANY.taken() else None
+
+
+def _one_product_each(experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """A product per expert for a handful of rows, in the order that reads the weights fastest."""
+
+    def linear(x_RI, weight_OI, bias_O):
+        y_RO = few_rows_linear(x_RI, weight_OI, bias_O)
+        if y_RO is None:
+            y_RO = (product if ONEDNN.taken() else F.linear)(x_RI, weight_OI, bias_O)
+        return y_RO
+
+    parts = zip(range(len(counts_E)), x_RD.split(counts_E.tolist()))
+    return torch.cat([experts.expert(e, x, linear) for e, x in parts if len(x)])
+
+
+def _by_onednn(experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+    names = ("w_up_EFD", "w_gate_EFD", "w_down_EDF", "b_up_EF", "b_gate_EF", "b_down_ED")
+    weights = (getattr(experts, name) for name in names)
+    return _ExpertByExpert.apply(experts.activate, experts.activation, counts_E.tolist(), x_RD, *weights)
 
 
 class _ExpertByExpert(torch.autograd.Function):
@@ -24,17 +62,18 @@ class _ExpertByExpert(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, activation, counts, x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED):
+    def forward(ctx, activate, activation, counts, x_RD, *weights):
+        w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED = weights
         y_RD, hidden, blocks = torch.empty_like(x_RD), [], [*_blocks(counts)]
         for e, rows, block, own in blocks:
             up_BF, gate_BF = product(x_RD[block], w_up_EFD[e], None if b_up_EF is None else b_up_EF[e]), None
             if w_gate_EFD is not None:
                 gate_BF = product(x_RD[block], w_gate_EFD[e], None if b_gate_EF is None else b_gate_EF[e])
-            act_BF = activate(activation, up_BF, gate_BF)
+            act_BF = activate(up_BF, gate_BF)
             y_RD[rows] = product(act_BF, w_down_EDF[e], None if b_down_ED is None else b_down_ED[e])[own]
             hidden += [up_BF, act_BF if gate_BF is None else gate_BF]
         ctx.activation, ctx.counts, ctx.blocks = activation, counts, blocks
-        ctx.save_for_backward(x_RD, w_up_EFD, w_gate_EFD, w_down_EDF, b_up_EF, b_gate_EF, b_down_ED, *hidden)
+        ctx.save_for_backward(x_RD, *weights, *hidden)
         return y_RD
 
     @staticmethod
@@ -44,7 +83,7 @@ class _ExpertByExpert(torch.autograd.Function):
         x_RD, weights, hidden = saved[0], saved[1:7], iter(saved[7:])
         w_up_EFD, w_gate_EFD, w_down_EDF = weights[:3]
         dy_RD, dx_RD = dy_RD.contiguous(), torch.empty_like(x_RD)
-        gradients = [gradient_like(w) if wanted else None for w, wanted in zip(weights, ctx.needs_input_grad[3:])]
+        gradients = [gradient_like(w) if wanted else None for w, wanted in zip(weights, ctx.needs_input_grad[4:])]
         dw_up_EFD, dw_gate_EFD, dw_down_EDF, db_up_EF, db_gate_EF, db_down_ED = gradients
         for e, rows, block, own in ctx.blocks:
             x_BD, dy_BD, up_BF, other_BF = x_RD[block], _only(own, dy_RD[block]), next(hidden), next(hidden)
@@ -72,21 +111,20 @@ class _ExpertByExpert(torch.autograd.Function):
             for gradient in gradients:
                 if count == 0 and gradient is not None:
                     gradient[e] = 0
-        return None, None, dx_RD, *gradients
+        return None, None, None, dx_RD, *gradients
 
 
 def _blocks(counts: list[int]) -> Iterator[tuple[int, slice, slice, slice]]:
     """(expert, its rows, a block that holds them, where in the block they are) for each expert that has any.
 
     Rows are sorted by expert. A block has a multiple of 4 rows, from 256 on of 8, from 512 on of 16, and so forth: 32
-    sizes per octave, at most 3 % more rows from 128 on. Under a FLOP counter it has the expert's own rows alone.
+    sizes per octave, at most 3 % more rows from 128 on.
     """
-    exact = _get_current_dispatch_mode() is not None
     end, total = 0, sum(counts)
     for e, count in enumerate(counts):
         start, end = end, end + count
         if count:
-            step = 1 if exact else max(4, 1 << max(0, count.bit_length() - 6))
+            step = max(4, 1 << max(0, count.bit_length() - 6))
             size = min(-(-count // step) * step, total)
             first = min(start, total - size)
             yield e, slice(start, end), slice(first, first + size), slice(start - first, end - first)
@@ -100,3 +138,56 @@ def _only(own: slice, x_BI: Tensor) -> Tensor:
     x_BI[: own.start] = 0
     x_BI[own.stop :] = 0
     return x_BI
+
+
+def activate_backward(name: str, dact_BF: Tensor, up_BF: Tensor) -> Tensor:
+    """dup_BF of gelu, gelu_tanh or relu, in the memory of dact_BF."""
+    if name == "relu":
+        return dact_BF.masked_fill_(up_BF <= 0, 0)
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward.grad_input(dact_BF, up_BF, approximate=approximate, grad_input=dact_BF)
+
+
+class _Raced(SimpleNamespace):
+    """Eight GELU experts with the interface of `core.experts.Experts`, for the races."""
+
+    def activate(self, up, gate):
+        return F.gelu(up)
+
+    def expert(self, e, x, linear):
+        return linear(F.gelu(linear(x, self.w_up_EFD[e], None)), self.w_down_EDF[e], None)
+
+    def plain(self, x_RD, counts_E):
+        """As torch multiplies in groups, or a product for each expert where it cannot."""
+        if hasattr(F, "grouped_mm"):
+            ends_E = counts_E.cumsum(0).to(torch.int32)
+            act_RF = F.gelu(F.grouped_mm(x_RD, self.w_up_EFD.transpose(1, 2), offs=ends_E))
+            return F.grouped_mm(act_RF, self.w_down_EDF.transpose(1, 2), offs=ends_E)
+        parts = zip(x_RD.split(counts_E.tolist()), self.w_up_EFD.unbind(), self.w_down_EDF.unbind())
+        return torch.cat([F.gelu(x @ up.t()) @ down.t() for x, up, down in parts])
+
+
+def _raced(rows: int, training: bool):
+    if private.linear_pointwise is None and training:
+        raise RuntimeError("this torch has no oneDNN product for plain tensors")
+    none = dict.fromkeys(("w_gate_EFD", "b_up_EF", "b_gate_EF", "b_down_ED"))
+    up_EFD, down_EDF = torch.randn(8, 512, 256), torch.randn(8, 256, 512)
+    if training:
+        up_EFD, down_EDF = torch.nn.Parameter(up_EFD), torch.nn.Parameter(down_EDF)
+    experts = _Raced(activation="gelu", w_up_EFD=up_EFD, w_down_EDF=down_EDF, **none)
+    x_RD, counts_E = torch.randn(8 * rows, 256), torch.full((8,), rows)
+
+    def forward(compute):
+        with torch.no_grad():
+            compute(x_RD, counts_E)
+
+    def both(compute):
+        compute(x_RD, counts_E).square().sum().backward()
+        up_EFD.grad = down_EDF.grad = None
+
+    run, ours = (both, _by_onednn) if training else (forward, _one_product_each)
+    return lambda: run(lambda *rows: ours(experts, *rows)), lambda: run(experts.plain)
+
+
+MANY = Kernel("experts one after the other", lambda: _raced(64, training=True))
+FEW = Kernel("experts of a few rows", lambda: _raced(2, training=False))
