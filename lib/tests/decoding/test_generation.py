@@ -39,14 +39,14 @@ def make_model(config=VARIANTS["simple"], std=0.4):
     return model
 
 
-class Counting:
+class Counting(torch.nn.Module):
     """Stands in for a model: after token t comes t + 1; keeps the widths of the inputs it was given."""
 
     def __init__(self, vocab_size=12, seq_len=20):
-        self.config = ModelConfig.simple(**SIZES | dict(vocab_size=vocab_size, seq_len=seq_len))
-        self.training, self.widths = False, []
+        super().__init__()
+        self.config, self.widths = ModelConfig.simple(**SIZES | dict(vocab_size=vocab_size, seq_len=seq_len)), []
 
-    def __call__(self, tokens_BT, cache=None):
+    def forward(self, tokens_BT, cache=None):
         self.widths.append(tokens_BT.shape[1])
         following = torch.nn.functional.one_hot((tokens_BT + 1) % self.config.vocab_size, self.config.vocab_size)
         return type("Output", (), {"logits_BTV": following.float()})
@@ -56,12 +56,6 @@ class Counting:
 
     def parameters(self):
         return iter([torch.zeros(1)])
-
-    def eval(self):
-        return self
-
-    def train(self, mode):
-        return self
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
@@ -312,7 +306,7 @@ class Constant(Counting):
         super().__init__(vocab_size=len(logits_V))
         self.logits_V = torch.tensor(logits_V)
 
-    def __call__(self, tokens_BT, cache=None):
+    def forward(self, tokens_BT, cache=None):
         return type("Output", (), {"logits_BTV": self.logits_V.expand(*tokens_BT.shape, -1)})
 
 
