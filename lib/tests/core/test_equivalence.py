@@ -46,18 +46,24 @@ TOKENS_BT = torch.randint(29, (3, 16), generator=torch.Generator().manual_seed(0
 # ---------------------------------------------------------------------------------------------------------- equivalence
 
 
+def largest_logit(model):
+    with torch.no_grad():
+        return max(1.0, float(model(TOKENS_BT).logits_BTV.abs().max()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_upcycled_model_passes(family, dtype):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_an_upcycled_model_passes(family, dtype, rounding):
     dense = make_model(FAMILIES[family](**SIZES)).to(dtype)
     moe = upcycle(dense, replace(MOE, layers=(0, 2)))
     report = check_equivalence(dense, moe, TOKENS_BT)
     assert report.passed
     assert report.reasons == []
     assert report.dtype == dtype
-    assert report.tolerance == pytest.approx(TOLERANCE[dtype] * max(1, dense(TOKENS_BT).logits_BTV.abs().max().item()))
+    assert report.tolerance == pytest.approx(rounding * largest_logit(dense))
+    assert report.max_abs_diff <= rounding * largest_logit(dense) and largest_logit(dense) > 2
     assert (len(report.per_sequence), len(report.per_layer)) == (3, 3)
-    assert report.per_layer[0] <= report.tolerance
+    assert report.per_layer[0] <= rounding * largest_logit(dense)
     assert report.weight_sums.keys() == {0, 2}
     assert all(low == pytest.approx(1) == high for low, high in report.weight_sums.values())
     assert str(report).startswith("same function: max |logit difference|")
@@ -71,6 +77,37 @@ def test_exactly_the_tolerance_is_within_it():
     assert EquivalenceReport(torch.float32, 2.0**-17, [0.0, 2.0**-17], [0.0], {}).passed
     assert not EquivalenceReport(torch.float32, 2.0**-17, [0.0, 2.0**-16], [0.0], {}).passed
     assert CausalityReport(2.0**-17, 2.0**-17, []).passed and not CausalityReport(2.0**-16, 2.0**-17, [(0, 1)]).passed
+
+
+def test_the_tolerances_are_those_that_are_promised():
+    assert (TOLERANCE[torch.float64], TOLERANCE[torch.float32]) == (1e-12, 1e-5)
+    assert (TOLERANCE[torch.float16], TOLERANCE[torch.bfloat16]) == (0.02, 0.15)
+    small = DecoderLM(ModelConfig.nano(**SIZES)).double().eval()  # the logits of a fresh model are far below 1
+    assert largest_logit(small) == 1
+    assert check_equivalence(small, small, TOKENS_BT).tolerance == check_causality(small, TOKENS_BT).tolerance == 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("times", [0.3, 3.0])
+def test_a_deviation_of_three_tolerances_is_found(dtype, rounding, times):
+    """3e-12 in float64 and 3e-5 in float32, of the largest logit, are another function; a third of 1e-12 is not."""
+    dense = make_model(ModelConfig.nano(**SIZES)).to(dtype)
+    moe = upcycle(dense, MOE)
+    with torch.no_grad():
+        moe.head.bias[5] += times * rounding * largest_logit(dense)
+    report = check_equivalence(dense, moe, TOKENS_BT)
+    assert report.passed == (times < 1)
+    assert report.max_abs_diff == pytest.approx(times * rounding * largest_logit(dense), rel=0.3)
+
+    class Peeking(DecoderLM):
+        def forward(self, tokens_BT, targets_BT=None, cache=None):
+            out = super().forward(tokens_BT)
+            seen_BT = 2.0 * (tokens_BT.roll(-1, 1) % 2) - 1  # whether the next token's id is odd
+            return replace(out, logits_BTV=out.logits_BTV + times * rounding * scale * seen_BT[..., None])
+
+    peeking, scale = Peeking(dense.config).to(dtype).eval(), largest_logit(dense) / 2
+    peeking.load_state_dict(dense.state_dict())
+    assert check_causality(peeking, TOKENS_BT).passed == (times < 1)
 
 
 def test_the_difference_is_reported_where_it_is():

@@ -37,7 +37,9 @@ def make_dense(family="smol", seed=0, **sizes):
 
 @torch.no_grad()
 def distance(a, b, tokens_BT=TOKENS_BT):
-    return (a(tokens_BT).logits_BTV - b(tokens_BT).logits_BTV).abs().max().item()
+    """The largest difference of the logits, relative to a's largest logit where that exceeds 1."""
+    ours_BTV, theirs_BTV = (model(tokens_BT).logits_BTV for model in (a, b))
+    return ((ours_BTV - theirs_BTV).abs().max() / ours_BTV.abs().max().clamp(min=1)).item()
 
 
 def experts_of(model, layer=0):

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
 from upcycling.core.moe import experts_loop
+from upcycling.core.routers import ROUTERS
 from upcycling.core.routing import route
 from upcycling.core.transfer import upcycle
 from upcycling.routing.intervention import (
@@ -298,6 +301,91 @@ def test_chance_says_what_a_random_deal_gives():
     assert spreads_LE[0, 2] == 0
 
 
+# ------------------------------------------------------------------------------------------------ any set of experts
+
+HEEDING = [None, *(kind for kind in ROUTERS if kind != "hash")]
+
+
+@st.composite
+def models_and_removals(draw):
+    """(a model in float64, {layer: the experts to remove}): any rule that heeds scores, any set that leaves K."""
+    kind = draw(st.sampled_from(HEEDING))
+    num_experts = draw(st.integers(2, 6))
+    top_k = draw(st.integers(1, num_experts))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    moe = MoEConfig(
+        num_experts=num_experts, top_k=top_k, router=kind, renormalize=draw(st.booleans()), router_std=1.0,
+        router_bias=draw(st.booleans()),
+    )  # fmt: skip
+    sizes = SIZES | dict(n_layers=2, d_model=8, d_ff=4)
+    model = DecoderLM(ModelConfig.smol(**sizes, init_std=0.3, moe=moe)).double().eval()
+    if kind == "selection_bias":
+        for block in model.blocks:
+            block.ffn.rule_state.selection_bias_E.normal_()
+    expert = st.integers(0, num_experts - 1)
+    removals = {
+        layer: draw(st.lists(expert, max_size=num_experts - top_k, unique=True))
+        for layer in draw(st.sets(st.integers(0, 1)))
+    }
+    return model, removals
+
+
+def weights_by_expert(routing):
+    return torch.zeros_like(routing.probabilities_NE).scatter(1, routing.expert_ids_NK, routing.weights_NK)
+
+
+@settings(max_examples=80)
+@given(models_and_removals())
+def test_any_set_of_experts_can_be_removed(drawn):
+    """None of them gets a weight; the rest share as the model's own rule does over the remaining experts alone."""
+    model, removals = drawn
+    before, moe = fingerprint(model), model.config.moe
+    with intervene(model, remove=removals):
+        out = model(tokens(rows=2)[0])
+    assert fingerprint(model) == before and out.logits_BTV.isfinite().all()
+    for layer, routing in enumerate(out.routings):
+        gone = removals.get(layer, [])
+        kept = [e for e in range(moe.num_experts) if e not in gone]
+        weights_NE = weights_by_expert(routing)
+        kept_NK = True if routing.kept_NK is None else routing.kept_NK
+        assert not (torch.isin(routing.expert_ids_NK, torch.tensor(gone, dtype=torch.long)) & kept_NK).any()
+        assert (weights_NE[:, gone] == 0).all() and (routing.probabilities_NE[:, gone] == 0).all()
+        remaining_NE = routing.logits_NE[:, kept]
+        assert remaining_NE.isfinite().all() and (routing.logits_NE[:, gone] == -torch.inf).all()
+        if moe.router is None or moe.router.kind not in ("relu", "expert_choice"):  # whose numbers depend on E
+            state = {
+                name: tensor[kept] if name == "selection_bias_E" else tensor
+                for name, tensor in model.blocks[layer].ffn.rule_state.named_buffers()
+            }
+            few = (
+                route(remaining_NE, moe.top_k, moe.renormalize)
+                if moe.router is None
+                else moe.router.route(remaining_NE, moe.top_k, moe.renormalize, state=state)
+            )
+            assert (weights_NE[:, kept] - weights_by_expert(few)).abs().max() <= 1e-12
+        if moe.renormalize:
+            wanted_N = 1.0 if routing.kept_NK is None else routing.kept_NK.any(-1).double()  # 0: a token without expert
+            assert (weights_NE.sum(-1) - wanted_N).abs().max() <= 1e-12
+
+
+@settings(max_examples=40)
+@given(models_and_removals(), st.data())
+def test_a_set_that_leaves_fewer_than_k_is_refused(drawn, data):
+    model, _ = drawn
+    moe, layer = model.config.moe, data.draw(st.integers(0, 1))
+    more = data.draw(st.integers(moe.num_experts - moe.top_k + 1, moe.num_experts))
+    gone = data.draw(st.permutations(range(moe.num_experts)))[:more]
+    remain = moe.num_experts - more
+    message = (
+        f"of the {moe.num_experts} experts of layer {layer} only {remain} would remain, but each token needs "
+        f"top_k={moe.top_k}; leave more of them in or choose top_k={max(remain, 1)}"
+    )
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message), intervene(model, remove={layer: gone}):
+        pass
+    assert fingerprint(model) == before
+
+
 # ------------------------------------------------------------------------------------------------ transformers
 
 HF = dict(
@@ -387,6 +475,24 @@ def test_transformers_mixtral_without_an_expert():
     )
     with intervene(model, remove=[3]):
         assert torch.allclose(model(tokens_BT).logits, smaller(tokens_BT).logits, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return hf_model("Mixtral")
+
+
+@settings(max_examples=30)
+@given(st.sets(st.integers(0, 5), max_size=4), st.sets(st.integers(0, 5), max_size=4))
+def test_transformers_any_set_of_experts_can_be_removed(mixtral, first, second):
+    """None of them gets a weight; the rest are Mixtral's: softmax over what remains, the two best, renormalised."""
+    with record_routing(mixtral) as trace, intervene(mixtral, remove={0: sorted(first), 1: sorted(second)}):
+        mixtral(tokens(rows=2)[0])
+    for layer, gone in enumerate((first, second)):
+        kept = torch.tensor([e for e in range(6) if e not in gone])
+        few = route(trace.logits[layer][:, kept], 2)
+        assert torch.equal(trace.expert_ids[layer], kept[few.expert_ids_NK])
+        assert torch.allclose(trace.weights[layer], few.weights_NK, atol=1e-6)
 
 
 def test_groups_that_are_left_with_too_few():

@@ -64,6 +64,21 @@ def test_load_by_hand():
     assert dead_experts(load_E, threshold=0.63).tolist() == [False, False, True, True, True]  # 1/8 is 0.625 of the mean
 
 
+def test_dead_is_at_most_the_threshold():
+    """At exactly the threshold an expert counts as dead; at threshold 0 only one that is never chosen does."""
+    load_E = torch.tensor([0.625, 0.25, 0.125, 0.0], dtype=torch.float64)  # 2.5, 1, 0.5 and 0 times the mean
+    assert dead_experts(load_E, threshold=0).tolist() == [False, False, False, True]
+    assert dead_experts(load_E, threshold=0.5).tolist() == [False, False, True, True]
+    assert dead_experts(load_E, threshold=1).tolist() == [False, True, True, True]
+    rare_E = load_per_expert(torch.tensor([[0]] * 999 + [[1]]), 4)
+    assert dead_experts(rare_E, threshold=0).tolist() == [False, False, True, True], "once in 1,000 is not never"
+    by_default_E = torch.tensor([0.95, 0.025, 0.0249, 0.0001], dtype=torch.float64)  # 0.025 is a tenth of the mean
+    assert dead_experts(by_default_E).tolist() == [False, True, True, True]
+    assert dead_experts(torch.tensor([0.974, 0.026], dtype=torch.float64)).tolist() == [False, True]
+    assert dead_experts(torch.tensor([0.948, 0.052], dtype=torch.float64)).tolist() == [False, False]
+    assert not dead_experts(torch.full((3, 2), 0.5)).any()
+
+
 def test_load_of_every_layer_at_once_is_the_load_of_each():
     ids_LNK = torch.stack([IDS_NK, IDS_NK.flip(0), torch.full((4, 2), 3)])
     load_LE = load_per_expert(ids_LNK, 4)
