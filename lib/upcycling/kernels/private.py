@@ -42,10 +42,16 @@ if torch.backends.mkldnn.is_available():
         "oneDNN's product (torch.ops.mkldnn._linear_pointwise)", lambda: torch.ops.mkldnn._linear_pointwise, _multiplies
     )
 
-# torch.compiler.disable loads the compiler, a second or more; this does not until something is compiled
-uncompiled: Callable = tried(
-    "torch._disable_dynamo", lambda: torch._disable_dynamo, lambda disable: disable(lambda: 1)(), torch.compiler.disable
-)
+
+def _disables(disable) -> None:
+    if disable(lambda: 1)() != 1:
+        raise ValueError("it computes something else")
+
+
+# torch.compiler.disable loads the compiler, a second or more; torch's own name for it does not until it is needed
+uncompiled: Callable = tried("torch._disable_dynamo", lambda: torch._disable_dynamo, _disables)
+if uncompiled is None:
+    uncompiled = tried("torch.compiler.disable", lambda: torch.compiler.disable, _disables, lambda function: function)
 
 # a dictionary whose keys are tensors, compared by identity and held weakly
 WeakKeys = tried(
