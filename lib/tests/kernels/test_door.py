@@ -18,7 +18,7 @@ from upcycling.kernels import choice
 LIBRARY = Path(__file__).resolve().parents[2] / "upcycling"
 ONEDNN = "torch.ops.mkldnn = types.SimpleNamespace(_linear_pointwise=lambda {}: x)"
 NAMES = {  # private name -> how it is taken away
-    "_disable_dynamo": "del torch._disable_dynamo",
+    "_disable_dynamo": "import torch._dynamo, torch.utils.checkpoint; del torch._disable_dynamo",  # torch needs it, too
     "WeakTensorKeyDictionary": "import torch.utils.weak; del torch.utils.weak.WeakTensorKeyDictionary",
     "_linear_pointwise": "torch.ops.mkldnn = types.SimpleNamespace()",
     "_linear_pointwise, another signature": ONEDNN.format("x, w"),
