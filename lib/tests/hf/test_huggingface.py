@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from real_models import TINY_LLAMA
 from real_models import difference as logits_difference
 
@@ -184,6 +186,60 @@ def test_transformers_adds_the_balance_loss_in_our_size():
     assert not to_hf(make(replace(own.config, moe=replace(moe, aux_weight=0.0)))).config.output_router_logits
 
 
+# ---------------------------------------------------------------------------------------------- drawn configurations
+
+
+@st.composite
+def configurations(draw):
+    """A DecoderLM's configuration of Llama's or GPT-2's kind, dense or with experts, that some class can hold."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    sizes = dict(
+        vocab_size=draw(st.integers(5, 40)), d_model=8 * heads, n_layers=draw(st.integers(1, 3)), n_heads=heads,
+        d_ff=8 * draw(st.integers(1, 4)), seq_len=draw(st.integers(4, 20)), tie_embeddings=draw(st.booleans()),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 3e-2])),
+    )  # fmt: skip
+    if draw(st.booleans()):
+        activation = draw(st.sampled_from(["gelu", "gelu_tanh", "relu"]))
+        return ModelConfig.simple(**sizes, activation=activation, dropout=draw(st.sampled_from([0.0, 0.1])))
+    sizes |= dict(
+        n_kv_heads=draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])),
+        rope_theta=draw(st.sampled_from([100.0, 1e4])),
+    )
+    if draw(st.booleans()):
+        bias = draw(st.booleans())
+        biases = dict(qkv_bias=bias, attention_out_bias=bias, ffn_bias=draw(st.booleans()))
+        return replace(ModelConfig.smol(**sizes), **biases)
+    experts = draw(st.integers(1, 6))
+    layers = draw(st.none() | st.sets(st.integers(0, sizes["n_layers"] - 1), min_size=1).map(sorted).map(tuple))
+    moe = MoEConfig(
+        num_experts=experts, top_k=draw(st.integers(1, experts)), renormalize=draw(st.booleans()), router_std=1.0,
+        layers=None if layers == tuple(range(sizes["n_layers"])) else layers,
+        aux_weight=draw(st.sampled_from([0.0, 0.01, 1.0])),
+    )  # fmt: skip
+    return replace(ModelConfig.smol(**sizes, moe=moe), qkv_bias=draw(st.booleans()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(configurations())
+@torch.no_grad()
+def test_any_configuration_and_its_logits_come_back(config):
+    """from_hf(to_hf(model)): the same settings, the same weights, the same logits in between."""
+    own = make(config)
+    theirs = to_hf(own)
+    assert difference(own, theirs) <= 1e-5
+    back = from_hf(theirs)
+    expected = config
+    if theirs.config.model_type == "gpt2":  # its class always has these biases: zeros where we have none
+        expected = replace(config, n_kv_heads=None, qkv_bias=True, attention_out_bias=True, ffn_bias=True)
+    if config.moe:  # the router's standard deviation is of the start only
+        weight = pytest.approx(config.moe.aux_weight)
+        assert back.config.moe.aux_weight == weight
+        kept = dict(aux_weight=back.config.moe.aux_weight, router_std=back.config.moe.router_std)
+        expected = replace(config, moe=replace(config.moe, **kept))
+    assert back.config == expected
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in own.state_dict().items())
+
+
 SMOL, SIMPLE = CASES["smol"][1], CASES["simple"][1]
 
 
@@ -249,8 +305,8 @@ def alternatives(name, value):
 def fields():
     from transformers import AutoConfig
 
-    for kind, settings in THEIRS.items():
-        for name in AutoConfig.for_model(kind, **settings).to_dict():
+    for kind, values in THEIRS.items():
+        for name in AutoConfig.for_model(kind, **values).to_dict():
             if name not in ("model_type", "transformers_version", "_name_or_path", "dtype", "id2label", "label2id"):
                 yield kind, name
 
