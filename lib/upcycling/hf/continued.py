@@ -115,7 +115,7 @@ def continue_pretraining(
     tokens_BT, targets_BT = train_stream.random_windows(1, block, seed=config.seed, step=0)
 
     home = next(model.parameters()).device
-    options = dict(seq_len=block, batch_size=config.eval_batch_size, beta=beta)
+    options: dict[str, Any] = dict(seq_len=block, batch_size=config.eval_batch_size, beta=beta)
     try:
         device = _device()
         model.to(device)
@@ -161,7 +161,7 @@ def _check_weights(chosen: list[nn.Parameter], parameters: str) -> None:
             )
 
 
-def _check_streams(model: nn.Module, train_stream: TokenStream, validation_stream: TokenStream) -> None:
+def _check_streams(model: Any, train_stream: TokenStream, validation_stream: TokenStream) -> None:
     for name, stream in (("training", train_stream), ("validation", validation_stream)):
         if stream.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -222,7 +222,7 @@ def _training_only(model: nn.Module, chosen: list[nn.Parameter]) -> Iterator[Non
 
 
 @contextmanager
-def _balance_weight(model: nn.Module, aux_weight: float | None) -> Iterator[None]:
+def _balance_weight(model: Any, aux_weight: float | None) -> Iterator[None]:
     """Train with this weight of the balance loss; a DecoderLM gets its own configuration back."""
     config = model.config
     if aux_weight is not None and isinstance(model, TransformersLM):

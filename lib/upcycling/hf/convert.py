@@ -162,8 +162,7 @@ class Conversion:
         digests = _write_weights(self, open_partial(self), progress)
         write_companions(self)
         receipt = _verify(self, verify_memory, progress) if verify else None
-        broken = receipt is not None and math.isnan(receipt.max_abs_diff)
-        if broken or (receipt is not None and not receipt.passed and self.plan.init == "copy"):
+        if receipt and (math.isnan(receipt.max_abs_diff) or (not receipt.passed and self.plan.init == "copy")):
             raise ValueError(f"{receipt.verdict}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
         write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
         write_text(self.partial / "README.md", model_card(self, receipt))

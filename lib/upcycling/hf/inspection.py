@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,7 +51,7 @@ def inspect_folder(
         config = read_config(folder)
         model = _empty_model(config)
     yield f"class       {on_one_line(type(model).__name__)}"
-    router = find_routers(model)[0].holder
+    router: Any = find_routers(model)[0].holder
     experts, top_k = _experts(config, files), router.top_k
     if not 1 <= top_k <= experts:
         raise ValueError(f"{folder / 'config.json'} asks for the top {top_k} of {experts} experts; choose 1..{experts}")

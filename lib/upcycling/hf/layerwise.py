@@ -78,7 +78,8 @@ def layerwise_logits(
     name = config.architectures[0]
     for layer in tqdm(range(config.num_hidden_layers), desc=name, unit="layer", leave=False, disable=not progress):
         model = _one_layer_model(files, config, layer, kept.tolist(), dtype)
-        block, captured = model.model.layers[0], []
+        block = model.model.layers[0]
+        captured: list[Tensor] = []
         if x_BTD is not None:
             block.register_forward_pre_hook(_replace_input(x_BTD), with_kwargs=True)
         block.register_forward_hook(_capture_output(captured))

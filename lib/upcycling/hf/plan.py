@@ -45,10 +45,10 @@ _PLAIN = ("carried", "left out: informational", "left out: at its default")
 class Sizes:
     """Parameters of the dense model, of the MoE, of the MoE as one token uses it, and the MoE's bytes on disk."""
 
-    dense: int
-    moe: int
-    active: int
-    bytes: int
+    dense: int = 0
+    moe: int = 0
+    active: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     expert_width: int = 0  # of each expert's FFN
     exact_up_to: int | None = None  # tokens; None: any number
-    sizes: Sizes | None = None
+    sizes: Sizes = Sizes()
     config: Any = field(default=None, repr=False, compare=False)  # of the MoE
     tensors: tuple[TargetTensor, ...] = field(default=(), repr=False, compare=False)
     # dense names that may be in a file beside their twin

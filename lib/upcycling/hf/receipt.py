@@ -76,11 +76,11 @@ class Receipt:
     def to_markdown(self) -> str:
         """The receipt as a section of a model card."""
         rows = "".join(f"| {name} | {value:.1e} |\n" for name, value in self.checks.items())
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        numbers = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"## Equality with the dense model\n\n{self.verdict}\n\n"
             f"| comparison | max \\|Δlogit\\| |\n|---|---|\n{rows}\n"
-            f"Greedy generation {self._greedy_verdict}. Probe: {self.probe}. {versions}.\n"
+            f"Greedy generation {self._greedy_verdict}. Probe: {self.probe}. {numbers}.\n"
             + "".join(f"\n- {note}" for note in self.notes)
         )
 

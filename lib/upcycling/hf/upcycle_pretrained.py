@@ -74,7 +74,7 @@ def upcycle_pretrained(
         shared = any(value.untyped_storage().data_ptr() == s.untyped_storage().data_ptr() for s in sources)
         made[tensor.name] = value.clone() if shared and tensor.kind != "expert" else value
     with quiet():
-        moe, loading = getattr(transformers, carried_out.target).from_pretrained(
+        moe, loading = getattr(transformers, str(carried_out.target)).from_pretrained(
             None, config=copy.deepcopy(carried_out.config), state_dict=made, dtype=carried_out.dtype,
             attn_implementation=dense.config._attn_implementation, output_loading_info=True,
         )  # fmt: skip

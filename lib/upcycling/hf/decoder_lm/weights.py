@@ -78,7 +78,8 @@ def from_hf(model_or_folder: PreTrainedModel | str | os.PathLike) -> DecoderLM:
             ) from error
     check_model(theirs, "from_hf", or_else=" or a folder")
     config = from_config(theirs.config)
-    kind, state = theirs.config.model_type, {}
+    kind = theirs.config.model_type
+    state: dict[str, torch.Tensor] = {}
     for name, value in theirs.state_dict().items():
         parts = _ours(kind, name)
         value = value.t() if _transposed(kind, name) else value

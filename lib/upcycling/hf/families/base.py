@@ -103,6 +103,11 @@ class Fields:
             if name in self.values:
                 self.account[name] = f"left out: {because}"
 
+    def experts_width(self, width: int | None = None, also: str = "", **target: int) -> None:
+        """The dense FFN's width (or `width`) for the experts, and for what else has it in the target."""
+        self.replace("intermediate_size", "the experts' width" + also, **target)
+        self.set(intermediate_size=self["intermediate_size"] if width is None else width)
+
     def set(self, **target: Any) -> None:
         """Fields of the target that the dense model does not have."""
         self.target.update(target)

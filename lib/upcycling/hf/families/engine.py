@@ -92,10 +92,11 @@ def build(
     made = []
     for name, shape in moe_shapes.items():
         match, rule = next(((m, rule) for pattern, rule in table if (m := pattern.match(name))), (None, None))
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        layer = None if layer is None else int(layer[1])
-        if rule is None:
-            rule, sources = kept(name), (name,)
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        layer = None if found is None else int(found[1])
+        sources: tuple[str, ...] = (name,)
+        if rule is None or match is None:
+            rule = kept(name)
         else:
             sources = tuple(source.format(**match.groupdict()) for source in rule.sources)
         missing = [source for source in sources if source not in dense_shapes]

@@ -53,12 +53,6 @@ def times_root(embedding: Tensor, width: int) -> Tensor:
     return embedding * torch.tensor(width**0.5).to(embedding.dtype)
 
 
-def _experts_width(fields: Fields, width: int | None = None, **also: int) -> None:
-    """The dense FFN's width, for the experts and for whatever else has it in the target."""
-    width = fields["intermediate_size"] if width is None else width
-    fields.replace("intermediate_size", "the experts' width", intermediate_size=width, **also)
-
-
 def _head_dim(fields: Fields) -> int:
     """The width of a head, written out: the target's own default is another, or none."""
     head_dim = fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
@@ -113,7 +107,7 @@ def phi3(fields: Fields) -> Target:
     }
     gate = (gate_up, partial(rows_of, start=0, stop=width))
     up = (gate_up, partial(rows_of, start=width, stop=2 * width))
-    notes = ()
+    notes: tuple[str, ...] = ()
     if rope["rope_type"] == "longrope":
         switch = rope["original_max_position_embeddings"]
         notes = (
@@ -124,7 +118,7 @@ def phi3(fields: Fields) -> Target:
     if share == 1:
         fields.carry("sliding_window")
         fields.replace("rope_parameters", "carried", rope_parameters=rope)
-        _experts_width(fields)
+        fields.experts_width()
         tensors = _same_with(MIXTRAL.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
         engines = {} if fields["sliding_window"] is None else {"llama.cpp": "no sliding window: equal up to its length"}
         return Target(MIXTRAL, {**tensors, **attention}, engines=engines, notes=notes)
@@ -139,7 +133,7 @@ def phi3(fields: Fields) -> Target:
     fields.drop("sliding_window", because="it is no shorter than the context")
     fields.replace("rope_parameters", "carried", rope_parameters={**rope, "partial_rotary_factor": share})
     fields.set(attention_bias=False, use_qk_norm=False)
-    _experts_width(fields, moe_intermediate_size=width)
+    fields.experts_width(moe_intermediate_size=width)
     tensors = _same_with(GLM4_MOE.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
     return Target(GLM4_MOE, {**tensors, **attention}, notes=(SILENT_NOTE, *notes), exact_up_to=window)
 
@@ -160,7 +154,7 @@ def gemma(fields: Fields) -> Target:
     _no_biases(fields, "attention_bias", target="Mixtral")
     fields.require("use_bidirectional_attention", None, False, because="Mixtral's attention is causal")
     fields.drop("hidden_activation", because="hidden_act says it")
-    _experts_width(fields)
+    fields.experts_width()
     norms = ("model.layers.{layer}.input_layernorm", "model.layers.{layer}.post_attention_layernorm", "model.norm")
     tensors = {name + ".weight": kept(name + ".weight", transform=one_plus) for name in norms}
     embedding = "model.embed_tokens.weight"
@@ -184,7 +178,7 @@ def gemma4(fields: Fields) -> Target:
         refuse(
             f"rms_norm_eps={fields['rms_norm_eps']}: Gemma4 norms an expert layer's output twice, exact only as eps → 0"
         )
-    _experts_width(fields, moe_intermediate_size=fields["intermediate_size"])
+    fields.experts_width(moe_intermediate_size=fields["intermediate_size"])
     return Target(
         CLASSES["Gemma4ForCausalLM"],
         notes=(
@@ -195,36 +189,27 @@ def gemma4(fields: Fields) -> Target:
 
 
 def cohere2(fields: Fields) -> Target:
-    fields.carry(
-        *(name for name in DECODER if name != "rms_norm_eps"), "attention_bias", "layer_norm_eps", "logit_scale"
-    )
-    fields.carry("sliding_window", "layer_types", "rope_parameters")
-    _head_dim(fields)
-    _experts_width(fields, prefix_dense_intermediate_size=fields["intermediate_size"])
-    _cohere_hub_fields(fields)
+    _cohere(fields)
+    fields.carry("sliding_window", "layer_types")
     return Target(COHERE2_MOE)
 
 
 def cohere(fields: Fields) -> Target:
-    fields.carry(
-        *(name for name in DECODER if name != "rms_norm_eps"), "attention_bias", "layer_norm_eps", "logit_scale"
-    )
-    fields.carry("rope_parameters")
-    _head_dim(fields)
-    _experts_width(fields, prefix_dense_intermediate_size=fields["intermediate_size"])
+    _cohere(fields)
     fields.require("use_qk_norm", False, None, because="Cohere2Moe has no norms of queries and keys")
-    _cohere_hub_fields(fields)
     # Cohere2Moe rotates only where there is a window; one as long as the context hides nothing.
     context = fields["max_position_embeddings"]
     fields.set(layer_types=["sliding_attention"] * fields["num_hidden_layers"], sliding_window=context)
-    return Target(
-        COHERE2_MOE,
-        exact_up_to=context,
-        notes=("Every layer has a window as long as the context, because Cohere2Moe rotates only in such layers.",),
-    )
+    note = "Every layer has a window as long as the context, because Cohere2Moe rotates only in such layers."
+    return Target(COHERE2_MOE, exact_up_to=context, notes=(note,))
 
 
-def _cohere_hub_fields(fields: Fields) -> None:
+def _cohere(fields: Fields) -> None:
+    """What both have in common, the fields of their hub files included."""
+    fields.carry(*(name for name in DECODER if name != "rms_norm_eps"), "attention_bias", "layer_norm_eps")
+    fields.carry("logit_scale", "rope_parameters")
+    _head_dim(fields)
+    fields.experts_width(prefix_dense_intermediate_size=fields["intermediate_size"])
     fields.require("rotary_pct", 1.0, because="Cohere2Moe rotates whole heads")
     fields.require("position_embedding_type", "rope_gptj", because="Cohere2Moe rotates pairs")
     for name in ("use_parallel_block", "use_gated_activation", "use_embedding_sharing", "use_parallel_embedding"):
@@ -237,7 +222,7 @@ def ernie4_5(fields: Fields) -> Target:
     fields.carry(*DECODER)
     fields.rope()
     fields.require("use_bias", False, None, because="Ernie4_5_Moe's experts have no biases")
-    _experts_width(fields, moe_intermediate_size=fields["intermediate_size"])
+    fields.experts_width(moe_intermediate_size=fields["intermediate_size"])
     return Target(CLASSES["Ernie4_5_MoeForCausalLM"])
 
 
@@ -252,7 +237,7 @@ def lfm2(fields: Fields) -> Target:
         if fields["block_ffn_dim_multiplier"] is not None:
             unit = fields["block_multiple_of"]
             width = unit * ((int(fields["block_ffn_dim_multiplier"] * width) + unit - 1) // unit)
-    _experts_width(fields, width, moe_intermediate_size=width)
+    fields.experts_width(width, moe_intermediate_size=width)
     fields.drop(
         "block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of", because="in the experts' width"
     )
@@ -269,7 +254,7 @@ def lfm2(fields: Fields) -> Target:
 def hunyuan(fields: Fields) -> Target:
     fields.carry(*DECODER, "attention_bias", "rope_parameters", "eod_token_id")
     _head_dim(fields)
-    _experts_width(fields)
+    fields.experts_width()
     return Target(CLASSES["HunYuanMoEV1ForCausalLM"], notes=(SILENT_NOTE,))
 
 
@@ -281,7 +266,7 @@ def seed_oss(fields: Fields) -> Target:
     # Glm4Moe would rotate half of each head by default
     fields.target["rope_parameters"]["partial_rotary_factor"] = 1.0
     fields.set(use_qk_norm=False)
-    _experts_width(fields, moe_intermediate_size=fields["intermediate_size"])
+    fields.experts_width(moe_intermediate_size=fields["intermediate_size"])
     return Target(GLM4_MOE, notes=(SILENT_NOTE,))
 
 
@@ -289,7 +274,7 @@ def helium(fields: Fields) -> Target:
     fields.carry(*DECODER)
     fields.rope()
     _no_biases(fields, "attention_bias", "mlp_bias", target="Mixtral")
-    _experts_width(fields)
+    fields.experts_width()
     sort = partial(paired_to_halves, head_dim=_head_dim(fields))
     tensors = {ATTENTION + n + ".weight": kept(ATTENTION + n + ".weight", transform=sort) for n in ("q_proj", "k_proj")}
     return Target(MIXTRAL, tensors)
@@ -308,7 +293,7 @@ def smollm3(fields: Fields) -> Target:
     fields.carry("layer_types")
     fields.drop("use_sliding_window", "sliding_window", because="no layer has a window")
     fields.set(attention_chunk_size=fields["max_position_embeddings"])  # no layer is chunked; None fails in 5.23
-    _experts_width(fields, intermediate_size_mlp=fields["intermediate_size"])
+    fields.experts_width(intermediate_size_mlp=fields["intermediate_size"])
     parts = ["weight", "bias"] if fields["attention_bias"] else ["weight"]
     names = [f"{ATTENTION}{n}_proj.{part}" for n in ("q", "k") for part in parts]
     sort = partial(halves_to_paired, head_dim=head_dim)

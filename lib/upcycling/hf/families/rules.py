@@ -26,6 +26,7 @@ from .base import DECODER, Fields, Target, refuse
 from .classes import CLASSES
 
 MIXTRAL, GRANITE_MOE = CLASSES["MixtralForCausalLM"], CLASSES["GraniteMoeForCausalLM"]
+STAY_DENSE = ", and that of layers that stay dense"
 OWN_CODE = "a modelling file of your own, loaded with trust_remote_code"
 
 # ------------------------------------------------------------------------------------------------------------ families
@@ -36,7 +37,7 @@ def llama(fields: Fields) -> Target:
     fields.rope()
     fields.require("mlp_bias", False, because="no stock MoE class has such experts with biases", nearest=OWN_CODE)
     fields.require("rope_interleaved", False, because="Llama's layers rotate halves")
-    fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
+    fields.experts_width()
     if not fields["attention_bias"]:
         fields.drop("attention_bias", because="it is False, and Mixtral has none")
         return Target(MIXTRAL)
@@ -54,7 +55,7 @@ def llama(fields: Fields) -> Target:
 def mistral(fields: Fields) -> Target:
     fields.carry(*DECODER, "sliding_window")
     fields.rope()
-    fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
+    fields.experts_width()
     if fields["sliding_window"] is None:
         return Target(MIXTRAL)
     return Target(MIXTRAL, engines={"llama.cpp": "no sliding window: equal up to its length only"})
@@ -64,12 +65,7 @@ def qwen2(fields: Fields) -> Target:
     fields.carry(*DECODER, "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     _check_layer_types(fields)
     fields.rope()
-    fields.replace(
-        "intermediate_size",
-        "the experts' width, and that of layers that stay dense",
-        intermediate_size=fields["intermediate_size"],
-        moe_intermediate_size=fields["intermediate_size"],
-    )
+    fields.experts_width(also=STAY_DENSE, moe_intermediate_size=fields["intermediate_size"])
     fields.set(qkv_bias=True)
     return Target(CLASSES["Qwen2MoeForCausalLM"])
 
@@ -77,12 +73,7 @@ def qwen2(fields: Fields) -> Target:
 def qwen3(fields: Fields) -> Target:
     fields.carry(*DECODER, "attention_bias")
     _check_layer_types(fields)
-    fields.replace(
-        "intermediate_size",
-        "the experts' width, and that of layers that stay dense",
-        intermediate_size=fields["intermediate_size"],
-        moe_intermediate_size=fields["intermediate_size"],
-    )
+    fields.experts_width(also=STAY_DENSE, moe_intermediate_size=fields["intermediate_size"])
     fields.drop("max_window_layers", because="layer_types says which layers have a window")
     if "sliding_attention" not in fields["layer_types"]:
         fields.rope()
@@ -98,13 +89,13 @@ def qwen3(fields: Fields) -> Target:
 def olmo2(fields: Fields) -> Target:
     fields.carry(*DECODER, "attention_bias")
     fields.rope()
-    fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
+    fields.experts_width()
     return Target(CLASSES["FlexOlmoForCausalLM"])
 
 
 def olmo3(fields: Fields) -> Target:
     fields.carry(*DECODER, "attention_bias")
-    fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
+    fields.experts_width()
     _check_layer_types(fields)
     kinds = set(fields["layer_types"])
     ropes = [fields["rope_parameters"][kind] for kind in sorted(kinds)]
@@ -128,17 +119,11 @@ def olmo3(fields: Fields) -> Target:
 
 
 def granite(fields: Fields) -> Target:
-    fields.carry(
-        *DECODER,
-        "attention_bias",
-        "embedding_multiplier",
-        "logits_scaling",
-        "residual_multiplier",
-        "attention_multiplier",
-    )
+    fields.carry(*DECODER, "attention_bias", "embedding_multiplier", "logits_scaling")
+    fields.carry("residual_multiplier", "attention_multiplier")
     fields.rope()
     fields.require("mlp_bias", False, because="GraniteMoe's experts have no biases", nearest=OWN_CODE)
-    fields.replace("intermediate_size", "the experts' width", intermediate_size=fields["intermediate_size"])
+    fields.experts_width()
     return Target(GRANITE_MOE)
 
 

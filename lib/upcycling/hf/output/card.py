@@ -1,8 +1,9 @@
-"""What lies beside converted weights: the receipt as JSON, and the model card (README.md) as the hub wants it."""
+"""What lies beside converted weights: the receipt as JSON, and the model card (README.md, `data/card.md` filled in)."""
 
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ..receipt import Receipt, versions
@@ -10,41 +11,7 @@ from ..receipt import Receipt, versions
 if TYPE_CHECKING:
     from ..convert import Conversion
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- moe
-- upcycled
-{base_model}---
-
-# {source} upcycled to {num_experts} experts, top-{top_k}
-
-A {target} made from {title}, a {source} with {dense:,} parameters: in {where} the feed-forward network
-became {num_experts} experts, {copies}. {moe:,} parameters, {active:,} of them active per token.
-It was not trained since: {state}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-{equality}
-
-## Before you train it
-
-{notes}
-## What other engines make of it (from reading their sources, not run)
-
-{engines}
-## Settings
-
-`--experts {num_experts} --top-k {top_k} --layers {layers} --init {init}{noise} --router-std {router_std}
---seed {seed}`; the full record is in `upcycling_receipt.json`.
-"""
+CARD = files(__package__).joinpath("data/card.md").read_text(encoding="utf-8")
 _ASKED = ("num_experts", "top_k", "layers", "init", "noise", "router_std", "seed")
 
 

@@ -78,7 +78,7 @@ class Shard:
             file.write(self.header)
             bar.update(len(self.header))
             for entry in self.entries:
-                data = as_bytes(entry.make(source)).numpy()
+                data = as_bytes(entry.make(source)).numpy().data
                 file.write(data)
                 digest.update(data)
                 bar.update(data.nbytes)
