@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.path import Path
 
+from ..core.routing import by_expert
 from . import style
 
 
@@ -76,23 +78,13 @@ def layer_flows(expert_ids_LNK, weights_LNK, num_experts: int) -> tuple[np.ndarr
     Each token's combine weights are divided by their sum: a layer's shares add up to 1. A token's flow from e to f is
     the product of its two weights (`flow_LEE` has one layer less). Raises ValueError where the shapes differ.
     """
-    ids_LNK, weights_LNK = np.asarray(expert_ids_LNK), np.asarray(weights_LNK, dtype=float)
-    if ids_LNK.ndim != 3 or ids_LNK.shape != weights_LNK.shape or not ids_LNK.size:
-        raise ValueError(
-            f"expert ids {ids_LNK.shape} and weights {weights_LNK.shape}: give both as (layers, tokens, k)"
-        )
-    layers, count, _ = ids_LNK.shape
-    weights_LNK = weights_LNK / weights_LNK.sum(-1, keepdims=True)
-    share_LE, flow_LEE = np.zeros((layers, num_experts)), np.zeros((layers - 1, num_experts, num_experts))
-    previous_NE = None
-    for layer in range(layers):
-        dense_NE = np.zeros((count, num_experts))
-        np.put_along_axis(dense_NE, ids_LNK[layer], weights_LNK[layer], axis=1)
-        share_LE[layer] = dense_NE.mean(0)
-        if previous_NE is not None:
-            flow_LEE[layer - 1] = previous_NE.T @ dense_NE / count
-        previous_NE = dense_NE
-    return share_LE, flow_LEE
+    ids_LNK, weights_LNK = torch.as_tensor(expert_ids_LNK), torch.as_tensor(weights_LNK, dtype=torch.float64)
+    shapes = tuple(ids_LNK.shape), tuple(weights_LNK.shape)
+    if ids_LNK.dim() != 3 or shapes[0] != shapes[1] or not ids_LNK.numel():
+        raise ValueError(f"expert ids {shapes[0]} and weights {shapes[1]}: give both as (layers, tokens, k)")
+    shares_LNE = by_expert(weights_LNK / weights_LNK.sum(-1, keepdim=True), ids_LNK.long(), num_experts)
+    flow_LEE = shares_LNE[:-1].mT @ shares_LNE[1:] / shares_LNE.shape[1]
+    return shares_LNE.mean(1).numpy(), flow_LEE.numpy()
 
 
 def plot_flow(
