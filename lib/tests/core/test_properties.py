@@ -131,6 +131,19 @@ def test_a_layer_is_its_routing_carried_out_by_the_loop(drawn, grad):
     within(y_BTD, expected_ND.view_as(x_BTD))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3])
+def test_few_tokens_as_in_generation(tokens, top_k):
+    torch.manual_seed(0)
+    layer = MoELayer(model_config(num_experts=4, top_k=top_k)).double().eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x_BTD = torch.randn(tokens, 1, 8).double()
+    with torch.no_grad():
+        y_BTD, routing = layer(x_BTD)
+    within(y_BTD.flatten(0, 1), experts_loop(layer.experts, x_BTD.flatten(0, 1), routing).detach())
+
+
 # ------------------------------------------------------------------------------------------------------- routing rules
 
 
