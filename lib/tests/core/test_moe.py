@@ -337,12 +337,17 @@ def test_sequence_balance_by_hand():
         sequence_aux_loss(whole, 5)
 
 
-def test_sequence_balance_counts_what_was_asked_for():
+def test_balance_counts_what_was_asked_for():
     """Choices that a full expert turned away count; where tokens differ in their number of choices, those made."""
     wanted = route(torch.tensor([[4.0, 0], [4, 0], [0, 4], [4, 0]]), 1)
     limited = limit_capacity(wanted, 0.5)
     assert limited.dropped > 0
-    torch.testing.assert_close(sequence_aux_loss(limited, 2), sequence_aux_loss(wanted, 2))
+    for sequences in (1, 2, 4):
+        torch.testing.assert_close(sequence_aux_loss(limited, sequences), sequence_aux_loss(wanted, sequences))
+    torch.testing.assert_close(aux_loss(limited), aux_loss(wanted))
+    torch.testing.assert_close(pooled_aux_loss([limited, wanted]), aux_loss(wanted))
+    parts = [aux_loss(route(part_NE, 1)) for part_NE in wanted.logits_NE.split(1)]
+    torch.testing.assert_close(sequence_aux_loss(wanted, 4), torch.stack(parts).mean())
     both = chosen([[0, 1], [0, 1]], 2, torch.tensor([[0.75, 0.25]]).expand(2, 2))
     varying = replace(both, kept_NK=torch.tensor([[True, False], [True, True]]))  # loads of 2/3 and 1/3
     assert sequence_aux_loss(varying, 1).item() == pytest.approx(2 * (2 / 3 * 0.75 + 1 / 3 * 0.25))

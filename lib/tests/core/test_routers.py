@@ -277,6 +277,10 @@ def test_numbers_out_of_range(wrong):
         wrong()
 
 
+def test_numbers_at_the_edge():
+    assert (SelectionBias(0).rate, TopP(1, entropy_weight=0).threshold) == (0, 1), "no moves; every expert"
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("router", [*RULES, TopK(softmax_first=False)])
 def test_do_copies_keep_the_function(router, renormalize):
