@@ -3,8 +3,8 @@
     python tools/run_tests.py [--only lint|library|notebooks|rounding]
 
 Lint first, since it takes a second. Then, side by side (each on one thread): the notebooks under nbval, once with an
-empty cache and once with what that run has left; and the library's tests, followed by a part of both with arithmetic
-that rounds differently, as another CPU would. Ends with a table; exit status 1 if anything failed.
+empty cache and once with what that run has left; and the library's tests, followed by the core's with all kernels off,
+and a part of both with arithmetic that rounds differently, as another CPU would. Ends with a table; exit status 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ def beside(only: str | None, environment: dict[str, str], scratch: Path) -> list
 
     if only in (None, "library"):
         add("library", [*PYTEST, "--durations=15", "lib/tests"], environment, "library")
+        plain = dict(environment, UPCYCLING_KERNELS="0")
+        add("core, kernels off", [*PYTEST, "-m", "not slow", "lib/tests/core", "lib/tests/training"], plain, "plain")
     if only in (None, "rounding") and (other := other_rounding(environment)):
         add("core, other rounding", [*PYTEST, "-m", "not slow", "lib/tests/core"], other, "rounding")
         add("notebooks, other rounding", nbval("--nbval-lax", *ROUNDED), other, "rounding")

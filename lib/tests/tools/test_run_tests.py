@@ -35,7 +35,7 @@ def test_unknown_tier_is_refused():
 
 
 NAMES = ["ruff check", "ruff format", "notebooks, empty cache", "notebooks, warm cache"]
-NAMES += ["library", "core, other rounding", "notebooks, other rounding"]
+NAMES += ["library", "core, kernels off", "core, other rounding", "notebooks, other rounding"]
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def started(monkeypatch):
 
 def test_notebooks_run_cold_and_warm_and_defaults_only(started, monkeypatch, capfd):
     settings = {"UPCYCLING_PRESET", "UPCYCLING_CORPUS", "UPCYCLING_TOKENIZER"}
+    monkeypatch.delenv("UPCYCLING_KERNELS", raising=False)
     for name in (*settings, "PYTHONDONTWRITEBYTECODE"):
         monkeypatch.setenv(name, "x")
     assert run_tests.main() == 0
@@ -70,6 +71,7 @@ def test_notebooks_run_cold_and_warm_and_defaults_only(started, monkeypatch, cap
     for environment in steps.values():
         assert environment["OMP_NUM_THREADS"] and not settings & set(environment)
         assert "PYTHONDONTWRITEBYTECODE" not in environment
+    assert [name for name in steps if steps[name].get("UPCYCLING_KERNELS") == "0"] == ["core, kernels off"]
     assert steps["library"]["UPCYCLING_ARTIFACTS"] in capfd.readouterr().out  # its output is shown at the end
     commands = [command for name, command, _ in started[0] if name.startswith("notebooks")]
     assert all("--nbval-lax" in command and "--nbval-current-env" in command for command in commands)
@@ -108,8 +110,10 @@ def test_where_the_variables_change_nothing_it_is_left_out_and_said(started, mon
 def test_one_part_alone(started, monkeypatch, only):
     monkeypatch.setattr(sys, "argv", ["run_tests.py", "--only", only])
     assert run_tests.main() == 0
-    part = {"lint": "ruff", "library": "library", "notebooks": "cache", "rounding": "other rounding"}[only]
-    assert [name for name, _, _ in started[0]] == [name for name in NAMES if part in name]
+    parts = {"lint": ["ruff"], "library": ["library", "kernels off"], "notebooks": ["cache"], "rounding": ["other"]}[
+        only
+    ]
+    assert [name for name, _, _ in started[0]] == [name for name in NAMES if any(part in name for part in parts)]
 
 
 def test_the_fingerprint_is_that_of_a_process_with_the_variables():
