@@ -4,7 +4,8 @@
 
 Lint first, since it takes a second. Then, side by side (each on one thread): the notebooks under nbval, once with an
 empty cache and once with what that run has left; and the library's tests, followed by the core's with all kernels off,
-and a part of both with arithmetic that rounds differently, as another CPU would. Ends with a table; exit status 1 if anything failed.
+and a part of both with arithmetic that rounds differently, as another CPU would. Ends with a table; exit status 1 if
+anything failed.
 """
 
 from __future__ import annotations
