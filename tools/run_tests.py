@@ -2,7 +2,7 @@
 
     python tools/run_tests.py [--only lint|library|notebooks|rounding]
 
-Lint first, since it takes a second. Then, side by side (each on one thread): the notebooks under nbval, once with an
+Lint first, since it takes seconds. Then, side by side (each on one thread): the notebooks under nbval, once with an
 empty cache and once with what that run has left; and the library's tests, followed by the core's with all kernels off,
 and a part of both with arithmetic that rounds differently, as another CPU would. Ends with a table; exit status 1 if
 anything failed.
@@ -174,6 +174,7 @@ def run_steps(only: str | None, scratch: Path) -> list[Step]:
         ruff = [sys.executable, "-m", "ruff"]
         steps.append(Step("ruff check", [*ruff, "check", "."], environment).wait())
         steps.append(Step("ruff format", [*ruff, "format", "--check", "."], environment).wait())
+        steps.append(Step("mypy", [sys.executable, "-m", "mypy"], environment).wait())
     commands = beside(only, environment, scratch)
     if only:  # nothing runs beside: straight to the terminal
         steps += [Step(*command).wait() for command in commands]

@@ -34,7 +34,7 @@ def test_unknown_tier_is_refused():
         run_tests.tier([HERE], HERE, "yes")
 
 
-NAMES = ["ruff check", "ruff format", "notebooks, empty cache", "notebooks, warm cache"]
+NAMES = ["ruff check", "ruff format", "mypy", "notebooks, empty cache", "notebooks, warm cache"]
 NAMES += ["library", "core, kernels off", "core, other rounding", "notebooks, other rounding"]
 
 
