@@ -491,3 +491,12 @@ def test_top_1_renormalised_gives_the_router_no_gradient():
         layer = make_layer(torch.float64, top_k=1, renormalize=renormalize)
         layer(torch.randn(1, 9, 8, dtype=torch.float64))[0].square().sum().backward()
         assert (layer.router.weight.grad.abs().max() > 1e-6) == learns
+
+
+def test_what_a_dense_model_lacks_is_said():
+    config = ModelConfig.simple(vocab_size=9, d_model=8, n_layers=1, n_heads=2, d_ff=8, seq_len=4)
+    with pytest.raises(ValueError, match="the configuration is dense"):
+        MoELayer(config)
+    model = DecoderLM(config)
+    with pytest.raises(ValueError, match="call the model with targets_BT"):
+        model.objective(model(torch.zeros(1, 4, dtype=torch.long)))

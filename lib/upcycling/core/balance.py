@@ -79,7 +79,7 @@ def load_loss(routing: Routing) -> Tensor:
     noise were drawn again: differentiable, unlike a count. Shazeer et al. 2017 (arXiv:1701.06538), appendix A.
     Raises ValueError for a routing without noise.
     """
-    if routing.noise_std_NE is None:
+    if routing.noise_std_NE is None or routing.clean_logits_NE is None:
         raise ValueError("the smooth load needs a noisy router in training mode; set MoEConfig(noisy=True)")
     noisy_NE, k = routing.logits_NE, routing.expert_ids_NK.shape[1]
     best_NK1 = noisy_NE.topk(min(k + 1, noisy_NE.shape[1]), dim=-1).values

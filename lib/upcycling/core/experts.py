@@ -17,7 +17,7 @@ from .config import ModelConfig
 
 def activate(name: str, up_NF: Tensor, gate_NF: Tensor | None) -> Tensor:
     """The FFN's hidden units: gelu(up), gelu_tanh(up) (OpenAI's GPT-2), relu(up), or silu(gate) * up for swiglu."""
-    if name == "swiglu":
+    if gate_NF is not None:
         return F.silu(gate_NF) * up_NF
     if name == "relu":
         return F.relu(up_NF)

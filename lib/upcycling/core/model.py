@@ -7,9 +7,10 @@ The forward pass: token (and position) embedding -> n_layers x [norm -> attentio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ class FeedForward(nn.Module):
         return self.down(activate(self.activation, self.up(x_BTD), gate_BTF))
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
     kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 
@@ -181,7 +182,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.ffn_norm = make_norm(config)
-        self.ffn = MoELayer(config) if layer in config.moe_layers else FeedForward(config)
+        self.ffn: Any = MoELayer(config) if layer in config.moe_layers else FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -210,7 +211,8 @@ class DecoderLM(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.seq_len, config.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks: Sequence[Block] = blocks
         self.norm = make_norm(config)
         self.head = Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -228,8 +230,8 @@ class DecoderLM(nn.Module):
                     nn.init.normal_(module.weight, std=self.config.moe.router_std)
                 elif not (name == "head" and self.config.tie_embeddings):
                     nn.init.normal_(module.weight, std=out_std if name.endswith((".out", ".down")) else std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    nn.init.zeros_(bias)
             elif isinstance(module, Experts):
                 nn.init.normal_(module.w_up_EFD, std=std)
                 nn.init.normal_(module.w_down_EDF, std=out_std)
@@ -269,8 +271,8 @@ class DecoderLM(nn.Module):
             cache.length += tokens_BT.shape[1]
         x_BTD = self.norm(x_BTD)
         if targets_BT is not None and tokens_BT.numel() * self.config.vocab_size > MANY_LOGITS:
-            loss = loss_in_chunks(x_BTD.flatten(0, 1), self.head, targets_BT.flatten())
-            return LMOutput(None, loss, routings, len(tokens_BT))
+            chunked = loss_in_chunks(x_BTD.flatten(0, 1), self.head, targets_BT.flatten())
+            return LMOutput(None, chunked, routings, len(tokens_BT))
         logits_BTV = self.head(x_BTD)
         loss = None if targets_BT is None else cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
         return LMOutput(logits_BTV, loss, routings, len(tokens_BT))
@@ -282,6 +284,8 @@ class DecoderLM(nn.Module):
         means the same strength as with "layer". Rules that ask for a penalty of their own add it.
         """
         moe, total = self.config.moe, output.loss
+        if total is None:
+            raise ValueError("there is no loss to minimise: call the model with targets_BT, too")
         if moe is not None and moe.aux_weight:
             total = total + moe.aux_weight * self._balance(output)
         if moe is not None and moe.z_weight:
@@ -298,9 +302,9 @@ class DecoderLM(nn.Module):
         if balance == "pooled":
             return len(routings) * pooled_aux_loss(routings)
         if balance == "sequence":
-            return sum(sequence_aux_loss(routing, output.sequences) for routing in routings)
+            return sum(sequence_aux_loss(routing, output.sequences) for routing in routings)  # type: ignore[return-value]
         noisy = [routing for routing in routings if routing.noise_std_NE is not None]
-        return sum(map(importance_loss, routings)) + sum(map(load_loss, noisy))
+        return sum(map(importance_loss, routings)) + sum(map(load_loss, noisy))  # type: ignore[return-value]
 
     def choices(self, output: LMOutput) -> Tensor | None:
         """counts_LE, the choices that fell on each expert, where a routing rule wants to know them; else None."""

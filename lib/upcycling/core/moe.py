@@ -63,13 +63,13 @@ def dispatch(routing: Routing) -> Rows:
     """The rows of `routing`, sorted by expert and within an expert by token."""
     num_experts = routing.probabilities_NE.shape[-1]
     n, k = routing.expert_ids_NK.shape
-    ids_NK, all_kept = routing.expert_ids_NK, routing.kept_NK is None or routing.computes_all
-    if not all_kept:
-        ids_NK = ids_NK.masked_fill(~routing.kept_NK, num_experts)  # sorted behind all experts
+    ids_NK, kept_NK = routing.expert_ids_NK, None if routing.computes_all else routing.kept_NK
+    if kept_NK is not None:
+        ids_NK = ids_NK.masked_fill(~kept_NK, num_experts)  # sorted behind all experts
     expert_R, order_R = ids_NK.flatten().sort(stable=True)
     row_of_NK = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(n * k, device=order_R.device)).view(n, k)
     counts_E = torch.bincount(expert_R, minlength=num_experts)[:num_experts]
-    if not all_kept:
+    if kept_NK is not None:
         rows = int(counts_E.sum())
         expert_R, order_R, row_of_NK = expert_R[:rows], order_R[:rows], row_of_NK.clamp(max=max(rows - 1, 0))
     return Rows(order_R // k, expert_R, counts_E, row_of_NK)
@@ -85,6 +85,8 @@ class MoELayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        if config.moe is None:
+            raise ValueError("the configuration is dense: give ModelConfig(moe=MoEConfig(...))")
         self.moe = moe = config.moe
         self.top_k, self.renormalize = moe.top_k, moe.renormalize
         self.router = nn.Linear(config.d_model, moe.num_experts, bias=moe.router_bias)

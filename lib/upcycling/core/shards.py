@@ -5,6 +5,7 @@ Shapes: E experts, K experts per token, G shards, D width, F hidden units.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -115,6 +116,7 @@ class Partition:
 
     def fill(self, ffn: FeedForward, layer: MoELayer, generator: torch.Generator) -> None:
         experts = layer.moe.num_experts
+        parts: Sequence[Tensor]
         if self.by == "random":
             parts = torch.randperm(len(ffn.up.weight), generator=generator).chunk(experts)
         else:
@@ -151,7 +153,7 @@ def _missing_weight(moe: MoEConfig) -> float:
     return 1.0 if weights_sum_to_1(moe) else moe.num_experts / moe.top_k
 
 
-def _write_shards(ffn: FeedForward, layer: MoELayer, shards, inner: float, outer: float) -> None:
+def _write_shards(ffn: FeedForward, layer: MoELayer, shards: Sequence[Tensor], inner: float, outer: float) -> None:
     """Expert e gets the hidden units shards[e % G], gate and up times `inner`, down times `outer`.
 
     A shared expert i gets shards[i % G], too, as it is; each shard's output is divided equally among the routed and the
@@ -162,23 +164,26 @@ def _write_shards(ffn: FeedForward, layer: MoELayer, shards, inner: float, outer
     for e in range(moe.num_experts):
         g = e % groups
         _write_units(ffn, layer.experts, e, slice(None), shards[g], inner, outer / holders[g])
-    if ffn.down.bias is not None:
+    if layer.experts.b_down_ED is not None:
         layer.experts.b_down_ED.copy_((ffn.down.bias * _missing_weight(moe)).expand_as(layer.experts.b_down_ED))
     width = len(shards[0])
-    for i in range(moe.shared_experts):
-        places = slice(i * width, (i + 1) * width)
-        _write_units(ffn, layer.shared, 0, places, shards[i % groups], 1.0, 1 / holders[i % groups])
-    if layer.shared is not None and ffn.down.bias is not None:
-        layer.shared.b_down_ED.zero_()
+    if layer.shared is not None:
+        for i in range(moe.shared_experts):
+            places = slice(i * width, (i + 1) * width)
+            _write_units(ffn, layer.shared, 0, places, shards[i % groups], 1.0, 1 / holders[i % groups])
+        if ffn.down.bias is not None:
+            layer.shared.b_down_ED.zero_()
 
 
-def _write_units(ffn, experts: Experts, e: int, places: slice, units_F: Tensor, inner: float, outer: float) -> None:
+def _write_units(
+    ffn: FeedForward, experts: Experts, e: int, places: slice, units_F: Tensor, inner: float, outer: float
+) -> None:
     units_F = units_F.to(ffn.up.weight.device)
     experts.w_up_EFD[e, places] = ffn.up.weight[units_F] * inner
     experts.w_down_EDF[e, :, places] = ffn.down.weight[:, units_F] * outer
-    if ffn.up.bias is not None:
+    if experts.b_up_EF is not None:
         experts.b_up_EF[e, places] = ffn.up.bias[units_F] * inner
-    if ffn.gate is not None:
+    if ffn.gate is not None and experts.w_gate_EFD is not None:
         experts.w_gate_EFD[e, places] = ffn.gate.weight[units_F] * inner
-        if ffn.gate.bias is not None:
+        if experts.b_gate_EF is not None:
             experts.b_gate_EF[e, places] = ffn.gate.bias[units_F] * inner

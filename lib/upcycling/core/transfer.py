@@ -118,7 +118,7 @@ def _mean(parents: list[DecoderLM]) -> DecoderLM:
     with torch.no_grad():
         for name, value in mean.named_parameters():  # each once, tied or not
             # relative to the first: the mean of equal weights is then that weight, to the last bit
-            value += sum(other[name].to(value) - value for other in others) / len(parents)
+            value.add_(sum(other[name].to(value) - value for other in others) / len(parents))
     return mean
 
 

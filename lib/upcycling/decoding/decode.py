@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from ..kernels.choice import ON
 from ..kernels.few_rows import ONE_ROW, computed
 
 Function = Callable[[np.ndarray], np.ndarray]
-_KNOWN = (DecoderLM, Block, Attention, FeedForward, MoELayer, Experts, nn.Module, nn.ModuleList)
+_KNOWN: tuple[type, ...] = (DecoderLM, Block, Attention, FeedForward, MoELayer, Experts, nn.Module, nn.ModuleList)
 _KNOWN += (nn.Linear, Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
 
 
@@ -65,7 +66,7 @@ class Decoder:
         self.config, self.cache = model.config, cache
         self.embedding_VD = _array(model.token_embedding.weight)
         self.position_SD = None if model.position_embedding is None else _array(model.position_embedding.weight)
-        self.rotary = None
+        self.rotary: Any = None  # or (cos, sin)
         if self.config.position == "rope":
             self.rotary = _signed_tables(self.config, self.embedding_VD.dtype)
         self.layers, self.flops = [], 0  # flops: of the products that every token takes and torch does not see
@@ -153,7 +154,7 @@ class Product:
         return y_O if self.bias_O is None else y_O + self.bias_O
 
 
-def _norm(norm: nn.Module) -> Function:
+def _norm(norm: nn.RMSNorm | nn.LayerNorm) -> Function:
     weight_D, eps = _array(norm.weight), norm.eps
     if isinstance(norm, nn.RMSNorm):
         return lambda x_D: x_D * (1 / math.sqrt(x_D.dot(x_D) / len(x_D) + eps)) * weight_D
@@ -211,7 +212,7 @@ class SparseFeed:
 def _units(experts: Experts) -> list[Unit]:
     """Each expert as a function of x_D."""
 
-    def products(weight_EOI: Tensor | None, bias_EO: Tensor | None) -> list[Product | None]:
+    def products(weight_EOI: Tensor | None, bias_EO: Tensor | None) -> list[Any]:
         if weight_EOI is None:
             return [None] * len(experts.w_up_EFD)
         biases = [None] * len(weight_EOI) if bias_EO is None else bias_EO

@@ -16,6 +16,7 @@ Shapes: B rows (prompts times samples), T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,20 +69,20 @@ def generate(
     ends = _checked_ends(eos_id, model.config.vocab_size)
     pick = _picker(temperature, top_k, top_p, repetition_penalty, num_samples, seed)
     device = prompt_BT.device if isinstance(prompt_BT, Tensor) else next(model.parameters()).device
-    prompts = [prompt.tolist() for prompt in prompts for _ in range(num_samples)]
-    ends_at = [len(prompt) + max_new_tokens for prompt in prompts]  # or before, where a row produces one of `ends`
-    tokens_BT = torch.zeros(len(prompts), max(ends_at), dtype=torch.long, device=device)
-    position = min(len(prompt) for prompt in prompts)
-    tokens_BT[:, :position] = torch.tensor([prompt[:position] for prompt in prompts])
+    rows = [prompt.tolist() for prompt in prompts for _ in range(num_samples)]
+    ends_at = [len(prompt) + max_new_tokens for prompt in rows]  # or before, where a row produces one of `ends`
+    tokens_BT = torch.zeros(len(rows), max(ends_at), dtype=torch.long, device=device)
+    position = min(len(prompt) for prompt in rows)
+    tokens_BT[:, :position] = torch.tensor([prompt[:position] for prompt in rows])
     with evaluating(model):
-        logits_after = _with_cache(model, len(prompts)) if use_cache else _without_cache(model)
-        column = [0] * len(prompts)
+        logits_after = _with_cache(model, len(rows)) if use_cache else _without_cache(model)
+        column = [0] * len(rows)
         while position < max(ends_at):
             seen_BT = tokens_BT[:, :position]
-            new: list[int | None] = [None] * len(prompts)
+            new: list[int | None] = [None] * len(rows)
             for row, token in enumerate(pick(seen_BT, logits_after(seen_BT)).tolist()):
-                if position < len(prompts[row]):
-                    column[row] = prompts[row][position]
+                if position < len(rows[row]):
+                    column[row] = rows[row][position]
                 elif position < ends_at[row]:
                     column[row] = new[row] = token
                     if token in ends:
@@ -154,19 +155,19 @@ def _processors(temperature, top_k, top_p, repetition_penalty) -> list:
         raise ValueError(f"top_p={top_p!r} is no share of the probability; choose 0 < top_p <= 1")
     if repetition_penalty is not None and not 0 < repetition_penalty < float("inf"):
         raise ValueError(f"repetition_penalty={repetition_penalty!r} must be above 0; 1 changes nothing")
-    wanted = [
+    wanted: list[tuple[str, Any, int | None]] = [
         ("RepetitionPenaltyLogitsProcessor", repetition_penalty, 1),
         ("TemperatureLogitsWarper", temperature, 1),
         ("TopKLogitsWarper", top_k, None),
         ("TopPLogitsWarper", top_p, 1),
     ]
-    wanted = [(name, value) for name, value, neutral in wanted if value is not None and value != neutral]
-    if not wanted:
+    active = [(name, value) for name, value, neutral in wanted if value is not None and value != neutral]
+    if not active:
         return []
     import transformers
 
     # transformers asks for a float where a whole number would do
-    return [getattr(transformers, name)(value if name[:4] == "TopK" else float(value)) for name, value in wanted]
+    return [getattr(transformers, name)(value if name[:4] == "TopK" else float(value)) for name, value in active]
 
 
 def _checked_prompts(prompts, vocab_size: int) -> list[Tensor]:
