@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "lib" / "upcycling"
 FOLDERS = sorted(path.parent for path in LIBRARY.rglob("*/__init__.py"))
 PATH = [
-    *(f"core/{name}.py" for name in ["config", "routing", "balance", "routers", "experts", "moe", "model"]),
-    *(f"core/{name}.py" for name in ["initialisation", "transfer", "equivalence"]),
+    *(f"core/{name}.py" for name in ["config", "routing", "balance", "experts", "moe", "model"]),
+    *(f"core/{name}.py" for name in ["initialisation", "transfer", "equivalence", "routers"]),
     *("text/tokenizer.py", "text/stream.py"),
     *("training/config.py", "training/optim.py", "training/loop.py"),
 ]
