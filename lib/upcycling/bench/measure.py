@@ -1,8 +1,5 @@
 """What does it cost on this machine? Things that do the same work run in turn, and the ratios of their times.
 
-    python -m upcycling bench --quick --json bench.json
-    python -m upcycling bench layer step --threads 2
-
 A time on its own says little: clocks change, other work disturbs. So the candidates of a line run A B C A B C in one
 process, and what is reported is the median of the ratios within the rounds, with the range that holds the middle half
 of them. With one thread on a CPU the clock counts this process's CPU seconds, which other work disturbs least; with
@@ -28,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from ..experiments.workers import torch_threads
 from ..files import write_text
 from ..tables import Table
 
@@ -152,7 +150,7 @@ def measured(bench: Bench, cases: Sequence[str] | None = None, out: Path | None 
     if bench.device != "cpu" and not torch.accelerator.is_available():
         raise ValueError(f"device={bench.device!r}: torch sees no accelerator here; leave it out")
     results = []
-    with _threads(bench.threads):
+    with torch_threads(bench.threads), _pinned(bench.threads):
         for case in cases or CASES:
             print(f"{case} ...", file=sys.stderr, flush=True)
             results += importlib.import_module(f"{__package__}.{case}").compare(bench)
@@ -162,19 +160,17 @@ def measured(bench: Bench, cases: Sequence[str] | None = None, out: Path | None 
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch's threads, pinned to the last cores that this process may use (the first serve the system's interrupts)."""
-    before, cores = torch.get_num_threads(), None
-    torch.set_num_threads(count)
-    if hasattr(os, "sched_setaffinity"):
-        cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, sorted(cores)[-count:])
+def _pinned(count: int) -> Iterator[None]:
+    """Run on the last `count` cores that this process may use (the first serve the system's interrupts)."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[-count:])
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        if cores is not None:
-            os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, cores)
 
 
 def _record(bench: Bench, results: Sequence[Comparison]) -> dict:

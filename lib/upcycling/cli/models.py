@@ -14,32 +14,8 @@ from .options import argument, between, finite, flag, layers, numbers, one_of, o
 DTYPES = ("float32", "bfloat16", "float16")
 SIZE = between(1e-9, 1e9, "size in GB: give a number above 0, such as 2 or 0.5")
 
-CONVERT = """
-  python -m upcycling convert HuggingFaceTB/SmolLM2-135M smollm2-8x135m \\
-      --experts 8 --top-k 2 --dry-run
-  python -m upcycling convert ./my-llama ./my-mixtral \\
-      --layers even --dtype bfloat16
 
-An interrupted conversion is continued by the same command.
-"""
-INSPECT = """
-  python -m upcycling inspect ./my-mixtral
-  python -m upcycling inspect ./my-mixtral --text-file sample.txt
-  python -m upcycling inspect ./my-mixtral --text "Once there was a router."
-  python -m upcycling inspect ./model-without-tokenizer --ids 5,17,3,88
-"""
-CONTINUE = """
-  python -m upcycling continue ./my-mixtral ./trained \\
-      --corpus stories.jsonl --steps 1000
-  python -m upcycling continue ./my-mixtral ./trained \\
-      --corpus stories.jsonl --steps 1000 --optimizer adafactor \\
-      --schedule inverse_sqrt --warmup-steps 100 --learning-rate 1e-3
-
-An interrupted run is continued by the same command.
-"""
-
-
-@verb("convert", CONVERT, resumes=True)
+@verb("convert", resumes=True)
 def convert(
     model: str = argument("MODEL", "folder with safetensors weights, or a name on the Hugging Face hub"),
     out: str = argument("OUT", "the new folder"),
@@ -94,7 +70,7 @@ def _indices(which: str | list[int], model: str) -> Iterable[int] | None:
         return range(which == "odd", read_config(folder).num_hidden_layers, 2)
 
 
-@verb("inspect", INSPECT)
+@verb("inspect")
 def inspect(
     folder: str = argument("FOLDER", "the model's folder, or a name on the Hugging Face hub"),
     text: str = option(None, str, "TEXT", "route this text (default: a few sentences of several kinds)"),
@@ -121,7 +97,7 @@ def inspect(
     return 0
 
 
-@verb("continue", CONTINUE, resumes=True)
+@verb("continue", resumes=True)
 def continue_(
     model: str = argument("MODEL", "folder with safetensors weights and tokenizer.json"),
     out: str = argument("OUT", "the new folder; what an interrupted run needs is kept in OUT/training"),

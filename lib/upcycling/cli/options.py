@@ -7,6 +7,9 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from importlib.resources import files
+from itertools import chain
+from typing import Any
 
 import typer
 
@@ -20,8 +23,12 @@ app = typer.Typer(
 _LISTS = ("--seeds", "--budgets")
 
 
-def verb(name: str, examples: str, resumes: bool = False) -> Callable:
-    """Make a function the verb `name`: its docstring is the help, and what it cannot do becomes a sentence."""
+def verb(name: str, resumes: bool = False) -> Callable:
+    """Make a function the verb `name`: its docstring is the help, and what it cannot do becomes a sentence.
+
+    Examples for the end of the help lie in data/NAME.txt.
+    """
+    examples = files(__package__).joinpath(f"data/{name}.txt").read_text(encoding="utf-8").rstrip()
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -36,7 +43,7 @@ def verb(name: str, examples: str, resumes: bool = False) -> Callable:
                 print("interrupted; the same command continues" if resumes else "interrupted", file=sys.stderr)
             return 1
 
-        return app.command(name, epilog=f"\b\nexamples:{examples.rstrip()}")(run)
+        return app.command(name, epilog=f"\b\nexamples:\n{examples}")(run)
 
     return register
 
@@ -73,71 +80,51 @@ def with_commas(arguments: Iterable[str]) -> list[str]:
 # -------------------------------------------------------------------------------------------------- values of options
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(choices)}")
-        return text
+def reader(make: Callable[[str], Any], complaint: str, fits: Callable[[Any], bool] = lambda value: True) -> Callable:
+    """A function that makes a value of a text; `complaint` says what is wrong with one that gives none."""
+
+    def read(text: str) -> Any:
+        try:
+            if fits(value := make(text)):
+                return value
+        except ValueError:
+            pass
+        raise typer.BadParameter(complaint.format(text))
 
     return read
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    return reader(str, f"{{!r}} is none of {', '.join(choices)}", choices.__contains__)
 
 
 def some_of(*choices: str) -> Callable[[str], list[str]]:
     return lambda text: [one_of(*choices)(part) for part in text.split(",")]
 
 
-def whole(minimum: int | None = None) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise typer.BadParameter(f"{text!r} is no whole number") from None
-        if minimum is not None and number < minimum:
-            raise typer.BadParameter(f"{number} is too small; give at least {minimum}")
-        return number
-
-    return read
+def whole(minimum: float = -math.inf) -> Callable[[str], int]:
+    number = reader(int, "{!r} is no whole number")
+    return reader(number, f"{{}} is too small; give at least {minimum}", lambda value: value >= minimum)
 
 
-def finite(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise typer.BadParameter(f"{text!r} is no finite number")
-    return number
+finite = reader(float, "{!r} is no finite number", math.isfinite)
 
 
 def between(low: float, high: float, what: str) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        number = finite(text)
-        if not low <= number <= high:
-            raise typer.BadParameter(f"{text} is no {what}")
-        return number
-
-    return read
+    return reader(finite, f"{{}} is no {what}", lambda number: low <= number <= high)
 
 
 def numbers(what: str, example: str) -> Callable[[str], list[int]]:
-    def read(text: str) -> list[int]:
-        try:
-            return [int(part) for part in text.split(",")]
-        except ValueError:
-            raise typer.BadParameter(f"{text} is no list of {what} such as {example}") from None
-
-    return read
+    return reader(lambda text: [*map(int, text.split(","))], f"{{}} is no list of {what} such as {example}")
 
 
-def layers(text: str) -> str | list[int]:
+def _layers(text: str) -> str | list[int]:
     """ "all", "even", "odd" or a list of indices."""
     if text in ("all", "even", "odd"):
         return text
-    indices = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)  # no model has 10,000 layers
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first:
-            raise typer.BadParameter(f"{text!r} is none of all, even, odd, or indices such as 0,2,4-7")
-        indices += range(first, last + 1)
-    return indices
+    parts = [re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part) for part in text.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) if part else () for part in parts]  # below 10,000
+    return [*chain.from_iterable(ranges)] if all(ranges) else []
+
+
+layers = reader(_layers, "{!r} is none of all, even, odd, or indices such as 0,2,4-7", bool)

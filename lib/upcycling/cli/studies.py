@@ -16,30 +16,8 @@ BUDGETS = ("tokens", "FLOPs", "seconds")
 FRACTION = between(1e-9, 1, "fraction: give a number above 0 and up to 1")
 ARMS = ("upcycling", "pooling", "routers")
 
-COMPARE = """
-  python -m upcycling compare --seeds 0,1,2 --workers 2 --out arms.json
-  python -m upcycling compare --arms pooling --budgets tokens --out pool.json
-  python -m upcycling compare --preset laptop --corpus my-texts.jsonl
 
-Runs that were made before are loaded from artifacts/.
-"""
-KNOCKOUTS = """
-  python -m upcycling knockouts --seeds 0,1,2 --out knockouts.json
-  python -m upcycling knockouts --seeds 0 --windows 20
-"""
-SELECT = """
-  python -m upcycling select --seeds 0,1,2 --out selection.json
-  python -m upcycling select --corpus my-texts.jsonl --fraction 0.1
-"""
-BENCH = """
-  python -m upcycling bench --quick --json bench.json
-  python -m upcycling bench layer step --threads 2
-
-"time" is ours / peer (goal: at most), "speed" is peer / ours (goal: at least).
-"""
-
-
-@verb("compare", COMPARE, resumes=True)
+@verb("compare", resumes=True)
 def compare(
     preset: str = PRESET,
     corpus: str = CORPUS,
@@ -71,7 +49,7 @@ def compare(
     return 1 if result["failed"] else 0
 
 
-@verb("knockouts", KNOCKOUTS, resumes=True)
+@verb("knockouts", resumes=True)
 def knockouts(
     preset: str = PRESET,
     corpus: str = CORPUS,
@@ -91,7 +69,7 @@ def knockouts(
     return 0
 
 
-@verb("select", SELECT, resumes=True)
+@verb("select", resumes=True)
 def select(
     preset: str = PRESET,
     corpus: str = CORPUS,
@@ -111,7 +89,7 @@ def select(
     return 0
 
 
-@verb("bench", BENCH)
+@verb("bench")
 def bench(
     cases: list[str] = argument(
         "[CASE]...", "layer, scaling, step, generation, tokenizing, recording: all, or some", None

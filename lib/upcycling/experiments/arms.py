@@ -40,11 +40,7 @@ DENSE = Arm("dense control")
 
 def upcycling_arms(preset: Preset) -> list[Arm]:
     """Notebook 04: is upcycling better than training the dense model on, and than an MoE without a parent?"""
-    return [
-        DENSE,
-        Arm("upcycled MoE", preset.moe),
-        Arm("MoE from scratch", preset.moe, start="scratch"),
-    ]
+    return [DENSE, Arm("upcycled MoE", preset.moe), Arm("MoE from scratch", preset.moe, start="scratch")]
 
 
 def pooling_arms(preset: Preset) -> list[Arm]:

@@ -20,9 +20,6 @@ BUDGETS = ("tokens", "FLOPs", "seconds")
 SHARED_WITHIN = 0.02  # budgets of one arm whose updates differ by no more than this fraction share one run
 
 
-# --------------------------------------------------------------------------------------------------------- budgets
-
-
 def update_flops(model: DecoderLM, tokens_BT, targets_BT) -> int:
     """Matrix-product FLOPs that one training update of `model` executes, two for each multiply-add.
 
@@ -48,25 +45,18 @@ def costs(series: Series, arms: Sequence[Arm], rounds: int = 80) -> dict[str, di
     batches = [series.train_stream.random_windows(batch_size, context, seed=0, step=step) for step in range(rounds + 2)]
     flops = {moe: update_flops(model, *batches[0]) for moe, model in models.items()}
 
-    files = {
-        moe: artifacts_dir() / "costs" / f"{key_of(models[None].config.to_dict(), model.config.to_dict(), batch_size)}"
-        for moe, model in models.items()
-        if moe is not None
-    }
-    missing = [None] + [moe for moe, file in files.items() if not file.exists()]
-    if len(missing) > 1:
-        measured = seconds_ratios([models[moe] for moe in missing], batches)
-        for moe, ratio in zip(missing[1:], measured[1:], strict=True):
+    config = {moe: model.config.to_dict() for moe, model in models.items()}
+    files = {moe: artifacts_dir() / "costs" / key_of(config[None], config[moe], batch_size) for moe in models if moe}
+    if missing := [moe for moe, file in files.items() if not file.exists()]:
+        _, *measured = seconds_ratios([models[moe] for moe in (None, *missing)], batches)
+        for moe, ratio in zip(missing, measured, strict=True):
             write_text(files[moe], json.dumps({"seconds": ratio}))
     seconds = {moe: json.loads(file.read_text(encoding="utf-8"))["seconds"] for moe, file in files.items()}
-    return {
-        arm.name: {
-            "tokens": 1.0,
-            "FLOPs": round(flops[arm.moe] / flops[None], 3),
-            "seconds": round(seconds.get(arm.moe, 1.0), 3),
-        }
-        for arm in arms
-    }
+
+    def relative(moe) -> tuple[float, ...]:
+        return 1.0, round(flops[moe] / flops[None], 3), round(seconds.get(moe, 1.0), 3)
+
+    return {arm.name: dict(zip(BUDGETS, relative(arm.moe), strict=True)) for arm in arms}
 
 
 def seconds_ratios(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> list[float]:

@@ -1,8 +1,5 @@
 """Which recipe is better? Any arms from one parent at equal tokens, equal FLOPs and equal seconds, over several seeds.
 
-    python -m upcycling compare --seeds 0,1,2 --workers 2 --out notebooks/results/arms_worlds_quick.json
-    python -m upcycling compare --arms pooling --budgets tokens --workers 2 --out pooling.json
-
 An `Arm` is a recipe: experts and how they begin, or neither for the dense control. A seed orders the data and draws the
 routers (from scratch: all weights). Every run has its own schedule, so each is annealed at its end. The budget is what
 the reference arm costs in the second phase (an arm from scratch gets the parent's share, too):
@@ -33,13 +30,11 @@ from .presets import Preset
 from .results import losses, margin, overview, summarize, table
 from .series import Series, load_series
 from .store import begin, save, setting
-from .workers import finished, one_thread
+from .workers import finished, torch_threads
 
 __all__ = [
     "BUDGETS", "Arm", "compare", "describe", "losses", "margin", "overview", "run_arm", "setting", "summarize", "table",
 ]  # fmt: skip
-
-# ------------------------------------------------------------------------------------------------------------ runs
 
 
 @torch.no_grad()
@@ -81,7 +76,7 @@ def _choices(model: DecoderLM, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, t
 
 def run_arm(preset: Preset, corpus: str, arm: Arm, seed: int, steps: int, budgets: Sequence[str]) -> list[dict]:
     """Train `arm` with `seed` for `steps` updates (or load that run); a row for each of the `budgets` it stands for."""
-    with one_thread():
+    with torch_threads():
         series = Series(preset, corpus)
         model, result = series.train_arm(arm, seed, steps, progress=False, verbose=False)
         row = dict(arm=arm.name, budget=None, seed=seed, updates=steps, val_loss=result.final_loss)
@@ -116,7 +111,7 @@ def compare(
     series = Series(preset, corpus or preset.corpus) if isinstance(preset, Preset) else load_series(preset, corpus)
     preset = series.preset
     _ = series.train_stream, series.validation_stream, series.domain_streams()  # made once, before the processes start
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with torch_threads(), torch.random.fork_rng(devices=[]):
         cost = costs(series, arms)
     planned_updates = updates_per_budget(preset, arms, cost, reference, budgets, updates)
     for name, per_budget in cost.items():

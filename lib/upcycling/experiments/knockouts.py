@@ -1,7 +1,5 @@
 """What did the experts learn? Specialisation, and what each expert's removal costs each domain, over several seeds.
 
-    python -m upcycling knockouts --seeds 0,1,2 --out notebooks/results/knockout_worlds_quick.json
-
 For each seed's MoE of the series (trained if need be), on the whole validation split, domain by domain:
 
     share       the fraction of a domain's tokens that an expert serves, and how far domains differ (JSD), with what is
@@ -34,7 +32,7 @@ from ..tables import Table
 from .results import mean_and_spread, plus_minus
 from .series import Series
 from .store import begin, save
-from .workers import one_thread
+from .workers import torch_threads
 
 RANDOM_DRAWS = 12  # sets of random experts, one a layer
 
@@ -123,7 +121,7 @@ def measure(
 ) -> dict:
     """`study` of each seed, with date and setting; written to `out` after each; the seeds already there are kept."""
     result = begin(series, out, "seeds", windows=windows)
-    with one_thread():
+    with torch_threads():
         for seed in seeds:
             if seed not in [one["seed"] for one in result["seeds"]]:
                 result["seeds"].append(study(series, seed, windows, progress))
@@ -137,21 +135,22 @@ def summarize(result: dict) -> list[dict]:
     `own`: its own main experts, all layers at once. `other`: the other domains' main experts, their mean. `random`:
     random experts, one a layer. `own_alone`: its main expert of one layer, mean over layers; `random_alone` likewise.
     """
-    columns = {"own": [], "other": [], "random": [], "own_alone": [], "random_alone": []}
+    of_seeds = []
     for one in result["seeds"]:
         together_CC, cost_LEC = np.array(one["cost_together"]), np.array(one["cost"])
         expert_LC, count = np.array(one["main_experts"]), len(together_CC)
         own_C = together_CC.diagonal()
-        columns["own"].append(own_C)
-        columns["other"].append((together_CC.sum(0) - own_C) / (count - 1))
-        columns["random"].append(np.mean(one["cost_random_together"], 0))
-        columns["own_alone"].append(cost_LEC[np.arange(len(expert_LC))[:, None], expert_LC, np.arange(count)].mean(0))
-        columns["random_alone"].append(cost_LEC.mean((0, 1)))
-    rows = []
-    for c, domain in enumerate(result["seeds"][0]["domains"]):
-        of_seeds = {name: [float(value_C[c]) for value_C in values] for name, values in columns.items()}
-        rows.append({"domain": domain} | {name: mean_and_spread(values) for name, values in of_seeds.items()})
-    return rows
+        of_seeds.append({
+            "own": own_C,
+            "other": (together_CC.sum(0) - own_C) / (count - 1),
+            "random": np.mean(one["cost_random_together"], 0),
+            "own_alone": cost_LEC[np.arange(len(expert_LC))[:, None], expert_LC, np.arange(count)].mean(0),
+            "random_alone": cost_LEC.mean((0, 1)),
+        })  # fmt: skip
+    return [
+        {"domain": domain} | {name: mean_and_spread([float(one[name][c]) for one in of_seeds]) for name in of_seeds[0]}
+        for c, domain in enumerate(result["seeds"][0]["domains"])
+    ]
 
 
 def table(result: dict) -> str:

@@ -78,15 +78,10 @@ def margin(result: dict, budget: str, arm: str | None = None, rival: str | None 
 
 def table(result: dict) -> str:
     """The losses as text, a line for each budget and arm, with the gap to the entropy floor where that is known."""
+    shown = {"budget": "equal", "arm": "arm", "updates": "updates", "mean": "val loss", "spread": "± seeds"}
+    floor = result["floor"]
     rows = [
-        {
-            "equal": row["budget"],
-            "arm": row["arm"],
-            "updates": row["updates"],
-            "val loss": row["mean"],
-            "± seeds": row["spread"],
-            "above floor": "" if result["floor"] is None else row["mean"] - result["floor"],
-        }
+        {name: row[key] for key, name in shown.items()} | {"above floor": "" if floor is None else row["mean"] - floor}
         for row in summarize(result)
     ]
     width = {"equal": 8, "arm": 17, "updates": 7, "val loss": 9, "± seeds": 8, "above floor": 12}

@@ -1,7 +1,5 @@
 """Is a chosen quarter of the corpus worth more than a random one? Every score against random, over several seeds.
 
-    python -m upcycling select --seeds 0,1,2 --out notebooks/results/selection_worlds_quick.json
-
 An arm chooses documents for a budget of tokens (by default a quarter of the training split), shared over the strata
 (`selection.STRATA`, those of them that the corpus has). The series' parent, upcycled as in `Series.moe`, is trained on
 them and on nothing else, for as many updates as reading the budget once takes; the dense control stays dense. All arms
@@ -28,7 +26,7 @@ from ..training.evaluation import evaluate
 from .results import mean_and_spread, paired, plus_minus, values
 from .series import Series, artifacts_dir
 from .store import begin, save
-from .workers import one_thread
+from .workers import torch_threads
 
 REFERENCE = "random"
 
@@ -71,16 +69,10 @@ def choose(series: Series, choice: Choice, budget: int, seed: int, scores=None) 
     """The documents of the training split that `choice` takes for `budget` tokens; `scores` as its score gives them."""
     rows = series.corpus["train"]
     return select(
-        rows,
-        scores,
-        budget=budget,
-        unit="tokens",
-        strata=_strata(rows),
-        allocation=choice.allocation,
-        order="random" if choice.score is None else choice.order,
+        rows, scores, budget=budget, unit="tokens", strata=_strata(rows), allocation=choice.allocation,
+        order="random" if choice.score is None else choice.order, seed=seed,
         tokens_per_document=series.train_stream.document_lengths,
-        seed=seed,
-    )
+    )  # fmt: skip
 
 
 def _strata(rows) -> tuple[str, ...]:
@@ -143,7 +135,7 @@ def study(
     budget, updates = budget_of(series, fraction)
     rows = series.corpus["train"]
     whole = select(rows, None, budget=len(rows), strata=_strata(rows), order="random", near_duplicates=None)
-    with one_thread():
+    with torch_threads():
         parent, parent_run = series.dense_parent(progress=progress, verbose=False)
         result = begin(series, out, "rows", fraction=fraction, budget=budget, updates=updates) | {
             "strata": [[stratum[name] for name in whole.settings["strata"]] for stratum in whole.table],

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from filelock import FileLock
 
 from ..core.config import ModelConfig
 from ..core.initialisation import Copy
@@ -60,9 +60,7 @@ class Series:
 
     @property
     def name(self) -> str:
-        return (
-            Path(self.corpus_name).stem if os.sep in self.corpus_name or "/" in self.corpus_name else self.corpus_name
-        )
+        return Path(self.corpus_name).stem if {os.sep, "/"} & set(self.corpus_name) else self.corpus_name
 
     @cached_property
     def corpus(self):
@@ -70,12 +68,8 @@ class Series:
         from ..text.corpus import load_corpus
 
         documents = self.preset.documents if self.corpus_name == self.preset.corpus else None
-        return load_corpus(
-            _resolve(self.corpus_name),
-            documents=documents,
-            validation_fraction=0.02,
-            cache_dir=artifacts_dir() / "corpus",
-        )
+        folder = artifacts_dir() / "corpus"
+        return load_corpus(_resolve(self.corpus_name), documents=documents, validation_fraction=0.02, cache_dir=folder)
 
     @cached_property
     def tokenizer(self):
@@ -120,13 +114,9 @@ class Series:
         rows = self.corpus["validation"]
         if "domain" not in rows.column_names:
             return {}
-        names = sorted(set(rows["domain"]))
-        by_domain = {name: [i for i, domain in enumerate(rows["domain"]) if domain == name] for name in names}
-        folder = artifacts_dir() / "streams"
-        return {
-            name: TokenStream.build(rows.select(indices), self.tokenizer, folder, progress=False)
-            for name, indices in by_domain.items()
-        }
+        domains, folder = np.array(rows["domain"]), artifacts_dir() / "streams"
+        of_domain = {name: rows.select(np.flatnonzero(domains == name)) for name in np.unique(domains).tolist()}
+        return {name: TokenStream.build(of_domain[name], self.tokenizer, folder, progress=False) for name in of_domain}
 
     def domain_windows(self, count: int | None = None) -> dict:
         """The first `count` windows (default: all) of each domain's validation stream: {name: (tokens_BT, targets_BT)}.
@@ -261,11 +251,7 @@ def _fingerprint(rows) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Let one process at a time make what lies in `folder`; the others wait and then load it."""
-    from filelock import FileLock
-
+def _only_one(folder: Path) -> FileLock:
+    """With this, one process at a time makes what lies in `folder`; the others wait and then load it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        yield
+    return FileLock(f"{folder}.lock")

@@ -13,14 +13,14 @@ import torch
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as all runs of a study do, and with as many as before afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def torch_threads(count: int = 1) -> Iterator[None]:
+    """Compute with `count` threads (all runs of a study take one), and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def finished(run: Callable, jobs: Sequence[tuple], workers: int) -> Iterator[tuple[tuple, Future]]:
