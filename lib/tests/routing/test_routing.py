@@ -415,16 +415,8 @@ def test_small_memory_limit_gives_the_same_trace_from_files(family, tmp_path):
     assert torch.equal(kept, in_memory.position) and torch.equal(chosen.logits, in_memory.logits[:, [3, 1]])
 
 
-def test_close_and_disk_errors(tmp_path):
+def test_disk_errors(tmp_path):
     model = decoder_lm()
-    with record_routing(model, memory_limit=0, directory=tmp_path) as trace:
-        model(tokens(1, 2))
-    assert [*tmp_path.iterdir()]
-    with trace:
-        assert len(trace.tokens) == 2
-    assert not [*tmp_path.iterdir()] and "closed" in repr(trace)
-    with pytest.raises(ValueError, match="closed"):
-        trace.logits  # noqa: B018
     (tmp_path / "file").write_text("")
     with record_routing(model, memory_limit=0, directory=tmp_path / "file") as trace:
         with pytest.raises(OSError, match="free disk space, choose another `directory`"):
@@ -432,6 +424,7 @@ def test_close_and_disk_errors(tmp_path):
         model(tokens(1, 2))  # the model is none the worse for it
     with pytest.raises(ValueError, match="closed"):
         trace.logits  # noqa: B018
+    assert "closed" in repr(trace) and [*tmp_path.iterdir()] == [tmp_path / "file"]
     assert hooks_of(model) == []
 
 
@@ -476,19 +469,13 @@ def test_models_that_cannot_be_recorded():
         find_routers(torch.nn.ModuleDict({"a": two[0], "b": two[1]}))
 
 
-def test_other_releases_of_transformers(monkeypatch):
-    from upcycling.routing import hf_routers as router_rules
-
+def test_other_releases_of_transformers():
     model = moe_model("Mixtral")
     gate = model.model.layers[0].mlp.gate
     handle = gate.register_forward_hook(lambda m, args, out: out[::-1])  # the order that GraniteMoe once had
     with record_routing(model), pytest.raises(ValueError, match=r"MixtralTopKRouter did not return .* 5\.23; "):
         model(tokens(1, 2))
     handle.remove()
-    monkeypatch.setattr(router_rules, "_transformers_version", lambda: "5.5.4")
-    with pytest.raises(ValueError, match=r"transformers 5\.5\.4 is installed.*install transformers>=5\.23"):
-        find_routers(model)
-    find_routers(decoder_lm())
 
 
 def test_a_part_of_a_model_is_refused():

@@ -14,8 +14,10 @@ written and read once, and gradients, weights and AdamW's moments read and writt
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from .parts import parts_of
 from .references import _rounded
 
 Shape = Sequence[int]
+# a line of the table: its name, the field, and the unit in which it is rounded (none: a whole number)
+_LINES = json.loads((files(__package__) / "account.json").read_text(encoding="utf-8"))
 
 
 def flop_counter() -> FlopCounterMode:
@@ -132,30 +136,12 @@ class Account(ShownAsTable):
 
 def side_by_side(accounts: Mapping[str, Account]) -> Table:
     """The accounts of several models in one table, a column each, headed by their names."""
-    lines = {
-        "batch x tokens, context": lambda a: f"{a.batch_size} x {a.seq_len:,}, {a.context:,}",
-        "parameters": lambda a: f"{a.total:,}",
-        "active per token": lambda a: f"{a.active:,}",
-        "experts": lambda a: f"{a.experts:,}",
-        "routers": lambda a: f"{a.router:,}",
-        "embeddings": lambda a: f"{a.embeddings:,}",
-        "GFLOPs forward": lambda a: _rounded(a.forward, 1e9),
-        "of these attention scores": lambda a: _rounded(a.scores, 1e9),
-        "of these head": lambda a: _rounded(a.head, 1e9),
-        "GFLOPs backward": lambda a: _rounded(a.backward, 1e9),
-        "GFLOPs training update": lambda a: _rounded(a.update, 1e9),
-        "GFLOPs prefill": lambda a: _rounded(a.prefill, 1e9),
-        "GFLOPs decoding step": lambda a: _rounded(a.decode, 1e9),
-        "MiB weights": lambda a: _rounded(a.weights, 2**20),
-        "MiB gradients": lambda a: _rounded(a.gradients, 2**20),
-        "MiB AdamW": lambda a: _rounded(a.optimizer, 2**20),
-        "MiB activations": lambda a: _rounded(a.activations, 2**20),
-        "MiB key/value cache": lambda a: _rounded(a.kv_cache, 2**20),
-        "FLOPs per byte, training": lambda a: _rounded(a.training_intensity),
-        "FLOPs per byte, prefill": lambda a: _rounded(a.prefill_intensity),
-        "FLOPs per byte, decoding": lambda a: _rounded(a.decode_intensity),
-    }
-    return Table({"": line} | {name: write(a) for name, a in accounts.items()} for line, write in lines.items())
+    rows = [{"": "batch x tokens, context"}, *({"": line} for line, _, _ in _LINES)]
+    for name, a in accounts.items():
+        rows[0][name] = f"{a.batch_size} x {a.seq_len:,}, {a.context:,}"
+        for row, (_, field, unit) in zip(rows[1:], _LINES, strict=True):
+            row[name] = f"{getattr(a, field):,}" if unit is None else _rounded(getattr(a, field), unit)
+    return Table(rows)
 
 
 def account(

@@ -9,43 +9,25 @@ small: read shares from it, and take times from `upcycling.bench`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from typing import Any
 
 from ..tables import Table
 
-_BETWEEN, _ELEMENTWISE = "between operations", "norms and elementwise"
-KINDS = (
-    "matrix products", "attention", _ELEMENTWISE, "loss", "routing and moving rows", "copying and clearing memory",
-    "optimizer", _BETWEEN,
-)  # fmt: skip
-_PATTERNS = (  # the first that is found in an operation's name decides; what none of them finds computes elementwise
-    ("optimizer", r"adam|Optimizer\.|foreach|_fused_sgd|_fused_adagrad"),
-    ("attention", r"scaled_dot_product|flash_attention|efficient_attention"),
-    (_BETWEEN, r"Backward\d*$|^(?!aten::|mkldnn::|mkl::|upcycling::)"),  # Python and autograd's bookkeeping
-    (
-        "matrix products",
-        r"::(_?grouped_mm|mm|addmm|bmm|baddbmm|mv|addmv|dot|linear|matmul|_linear_pointwise|_mkl_linear|product)$",
-    ),
-    ("loss", r"log_softmax|nll_loss|cross_entropy"),
-    ("routing and moving rows", r"sort|topk|bincount|index|gather|scatter|embedding|cumsum"),
-    ("copying and clearing memory", r"::(copy_|_to_copy|clone|contiguous|cat|stack|fill_|zero_|zeros|zeros_like)$"),
-    (  # views and allocations
-        _BETWEEN,
-        r"::(empty\w*|as_strided|view|_unsafe_view|reshape|t|transpose|permute|select|slice|narrow|expand|squeeze|"
-        r"unsqueeze|split\w*|chunk|unbind|detach|alias|to|item|_local_scalar_dense|resize_|result_type|flatten)$",
-    ),
-)
+_DATA = json.loads((files(__package__) / "profile.json").read_text(encoding="utf-8"))
+KINDS: tuple[str, ...] = tuple(_DATA["kinds"])
+# The first that is found in an operation's name decides; views, allocations, Python and autograd's bookkeeping are
+# "between operations", and what no pattern finds computes elementwise.
+_PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _DATA["patterns"]]
 
 
 def kind_of(operation: str) -> str:
     """Which of `KINDS` a name of torch's profile belongs to; Python, views and bookkeeping are "between operations"."""
-    for kind, pattern in _PATTERNS:
-        if re.search(pattern, operation):
-            return kind
-    return _ELEMENTWISE
+    return next((kind for kind, pattern in _PATTERNS if pattern.search(operation)), "norms and elementwise")
 
 
 def time_by_kind(functions: Mapping[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:

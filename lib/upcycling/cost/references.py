@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from importlib.resources import files
+from typing import Any
 
 from ..core.config import ModelConfig, MoEConfig
 from ..tables import Table
 from .parameters import count_parameters, forward_flops
 
-_SIMPLE_100M = ModelConfig.simple(
-    vocab_size=50257, d_model=832, n_layers=7, n_heads=8, d_ff=3328, seq_len=512, position="none"
-)
-_SMOL_119M = ModelConfig.smol(vocab_size=50257, d_model=832, n_layers=7, n_heads=8, d_ff=3328, seq_len=512)
-_SIMPLE_16M = ModelConfig.simple(
-    vocab_size=50257, d_model=256, n_layers=4, n_heads=4, d_ff=1024, seq_len=512, position="none"
-)
-_NANO = ModelConfig.nano(vocab_size=2048, d_model=256, n_layers=12, n_heads=8, d_ff=1024, seq_len=1080)
-_8_TOP_2 = MoEConfig(num_experts=8, top_k=2, router_bias=True)
 
-REFERENCE: dict[str, ModelConfig] = {
-    "simple-100m": _SIMPLE_100M,
-    "simple-100m-moe": replace(_SIMPLE_100M, moe=_8_TOP_2),
-    "smol-119m": _SMOL_119M,
-    "smol-119m-moe": replace(_SMOL_119M, moe=_8_TOP_2),
-    "simple-16m": _SIMPLE_16M,
-    "simple-16m-moe": replace(_SIMPLE_16M, moe=_8_TOP_2),
-    "nano": _NANO,
-    "nano-moe": replace(_NANO, moe=replace(_8_TOP_2, noisy=True)),
-    "nano-moe-134m": replace(
-        _NANO,
-        d_model=288,
-        n_layers=16,
-        d_ff=1152,
-        moe=MoEConfig(num_experts=12, top_k=2, router_bias=True, noisy=True),
-    ),
-    "sparse-158m": ModelConfig.simple(
-        vocab_size=50257,
-        d_model=512,
-        n_layers=6,
-        n_heads=8,
-        d_ff=1024,
-        seq_len=256,
-        ffn_bias=False,
-        tie_embeddings=False,
-        moe=MoEConfig(num_experts=16, top_k=2),
-    ),
-    "smolmoe": ModelConfig.smol(
-        vocab_size=49152,
-        d_model=576,
-        n_layers=30,
-        n_heads=9,
-        n_kv_heads=3,
-        d_ff=1536,
-        seq_len=2048,
-        tie_embeddings=False,
-        moe=MoEConfig(num_experts=3, top_k=1),
-    ),
-}
+def _config(shape: str, moe: dict | None = None, **sizes: Any) -> ModelConfig:
+    return getattr(ModelConfig, shape)(**sizes, moe=moe and MoEConfig(**moe))
+
+
+_SETTINGS = json.loads((files(__package__) / "references.json").read_text(encoding="utf-8"))
+REFERENCE: dict[str, ModelConfig] = {name: _config(**settings) for name, settings in _SETTINGS.items()}
 """The configurations of earlier public projects by name; `count_parameters` gives their published sizes exactly."""
 
 

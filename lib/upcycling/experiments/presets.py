@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..core.config import ModelConfig, MoEConfig
-from ..cost.references import _8_TOP_2, _SIMPLE_100M, _SMOL_119M
+from ..cost.references import REFERENCE
 from ..training.config import TrainConfig
 
 
@@ -23,6 +23,7 @@ class Preset:
     sparse: TrainConfig
 
 
+_8_TOP_2 = MoEConfig(num_experts=8, top_k=2, router_bias=True)
 _16_TOP_2 = MoEConfig(num_experts=16, top_k=2)
 _SMALL = dict(vocab_size=2048, n_heads=4, seq_len=128)
 
@@ -41,9 +42,10 @@ _LAPTOP = Preset(
 # One GPU: the reference models on TinyStories with GPT-2's tokens, 1,000 + 1,000 updates of 2,048 tokens.
 _ON_GPU = TrainConfig(steps=1000, batch_size=8, learning_rate=3e-4, warmup_steps=50, precision="bf16")
 _GPU = Preset(
-    "gpu", "tinystories", 50_000, "gpt2", replace(_SIMPLE_100M, seq_len=256), _8_TOP_2, dense=_ON_GPU, sparse=_ON_GPU
-)
-_GPU_SMOL = replace(_GPU, name="gpu-smol", model=replace(_SMOL_119M, seq_len=256))
+    "gpu", "tinystories", 50_000, "gpt2", replace(REFERENCE["simple-100m"], seq_len=256), _8_TOP_2,
+    dense=_ON_GPU, sparse=_ON_GPU,
+)  # fmt: skip
+_GPU_SMOL = replace(_GPU, name="gpu-smol", model=replace(REFERENCE["smol-119m"], seq_len=256))
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_QUICK, _LAPTOP, _GPU, _GPU_SMOL)}
 """The sizes to run the series at: UPCYCLING_PRESET picks one by name."""

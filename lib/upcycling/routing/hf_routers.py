@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -118,8 +119,7 @@ class FoundRouter:
 def find_routers(model: nn.Module) -> list[FoundRouter]:
     """The routers of `model`, a `DecoderLM` or a transformers MoE (also wrapped), in the order of their layers.
 
-    Raises ValueError for a model without MoE layers, for an MoE whose router class is not in the table, and for a
-    transformers release whose routers return probabilities in place of logits.
+    Raises ValueError for a model without MoE layers, and for an MoE whose router class is not in the table.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a {type(model).__name__} is not a model; give the torch module itself")
@@ -131,13 +131,6 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
             routers.append(FoundRouter(_layer_of(name), name, module, module))
     if not routers:
         raise ValueError(_why_no_router(model))
-    if not isinstance(routers[0].holder, MoELayer):
-        release = _transformers_version()
-        if tuple(int(number) for number in release.split(".")[:2]) < (5, 6):
-            raise ValueError(
-                f"transformers {release} is installed, whose routers return probabilities in place of logits; "
-                "install transformers>=5.23"
-            )
     routers.sort(key=lambda router: router.layer)
     for first, second in pairwise(routers):
         if first.layer == second.layer:
@@ -146,12 +139,6 @@ def find_routers(model: nn.Module) -> list[FoundRouter]:
                 "of MoE layers; pass one of its sub-models"
             )
     return routers
-
-
-def _transformers_version() -> str:
-    import transformers  # the model comes from it, so that this costs nothing
-
-    return transformers.__version__
 
 
 def _rule(module: nn.Module) -> Rule | None:
@@ -164,7 +151,7 @@ def unpack(router: FoundRouter, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     if not fits or output[1].shape != output[2].shape:
         raise ValueError(
             f"{type(router.module).__name__} did not return (logits, weights, expert ids), as it does in transformers "
-            f"5.23; {_transformers_version()} is installed"
+            f"5.23; {version('transformers')} is installed"
         )
     return output
 

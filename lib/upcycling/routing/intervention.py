@@ -24,6 +24,7 @@ from ..core.model import DecoderLM, evaluating
 from ..core.moe import MoELayer
 from .adapter import logits_of
 from .hf_routers import FoundRouter, find_routers
+from .record import refuse_compiled
 
 _ROWS = 16  # windows per forward pass: their logits are what needs memory
 Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
@@ -75,19 +76,15 @@ def intervene(
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
     for module in model.modules():
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise ValueError(
-                f"{type(module).__name__} is compiled, and compiled code may leave out hooks; intervene in the "
-                "model that is not compiled, and call that"
-            )
+        refuse_compiled(module, also="OptimizedModule")
     routers = {router.layer: router for router in find_routers(model)}
     _refuse_deaf_rules(routers, top_k, remove is not None or force is not None or temperature != 1)
     removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
     changes = []
+    if top_k is not None:
+        top_k = whole_number("top_k", top_k)
     for layer, router in routers.items():
         num_experts = router.num_experts
-        if top_k is not None:
-            top_k = whole_number("top_k", top_k)
         if top_k is not None and not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
         chosen = router.holder.top_k if top_k is None else top_k

@@ -16,18 +16,8 @@ from ..core.model import evaluating
 from ..core.routing import count_ids
 from ..tables import ShownAsTable, Table
 from ..text.stream import TokenStream
+from . import metrics
 from .adapter import as_decoder_lm
-from .metrics import (
-    balance_score,
-    balanced_perplexity,
-    coefficient_of_variation,
-    dead_experts,
-    effective_experts,
-    load_per_expert,
-    max_over_mean,
-    router_entropy,
-    router_margin,
-)
 from .trace import RoutingTrace
 
 COLLAPSED = 0.25  # a layer has collapsed if it uses at most this much of the way from K to E experts
@@ -61,7 +51,7 @@ class LoadReport(ShownAsTable):
         num_experts = load_E.shape[-1]
         if self._too_few_tokens or self.top_k == num_experts:
             return False
-        return float(effective_experts(load_E)) <= self.top_k + COLLAPSED * (num_experts - self.top_k)
+        return float(metrics.effective_experts(load_E)) <= self.top_k + COLLAPSED * (num_experts - self.top_k)
 
     @property
     def _too_few_tokens(self) -> bool:
@@ -74,8 +64,8 @@ class LoadReport(ShownAsTable):
         if not collapsed:
             return None
         names = f"layer{'s' if len(collapsed) > 1 else ''} {', '.join(map(str, collapsed))}"
-        fewest = min(float(effective_experts(self.load_LE[self.layers.index(layer)])) for layer in collapsed)
-        pooled = float(max_over_mean(self.pooled_load_E))
+        fewest = min(float(metrics.effective_experts(self.load_LE[self.layers.index(layer)])) for layer in collapsed)
+        pooled = float(metrics.max_over_mean(self.pooled_load_E))
         sees = "shows it, too" if self._has_collapsed(self.pooled_load_E) else "hides it"
         return (
             f"ALARM: {names} collapsed (down to {fewest:.1f} effective experts of {self.load_LE.shape[-1]}); the load "
@@ -88,11 +78,11 @@ class LoadReport(ShownAsTable):
         return [
             {
                 "layer": name,
-                "max/mean": float(max_over_mean(load_E)),
-                "CV": float(coefficient_of_variation(load_E)),
-                "B": float(balance_score(load_E)),
-                "effective experts": float(effective_experts(load_E)),
-                "dead": int(dead_experts(load_E).sum()),
+                "max/mean": float(metrics.max_over_mean(load_E)),
+                "CV": float(metrics.coefficient_of_variation(load_E)),
+                "B": float(metrics.balance_score(load_E)),
+                "effective experts": float(metrics.effective_experts(load_E)),
+                "dead": int(metrics.dead_experts(load_E).sum()),
                 "busiest": int(load_E.argmax()),
             }
             for name, load_E in named
@@ -128,7 +118,7 @@ def load_report(trace: RoutingTrace | Tensor, num_experts: int | None = None) ->
             raise ValueError("the trace has probabilities or weights that are not numbers: the model has diverged")
         expert_ids_LNK, layers, num_experts = trace.expert_ids, tuple(trace.layers), trace.num_experts
     _, num_tokens, top_k = expert_ids_LNK.shape
-    return LoadReport(layers, load_per_expert(expert_ids_LNK, num_experts), num_tokens, top_k)
+    return LoadReport(layers, metrics.load_per_expert(expert_ids_LNK, num_experts), num_tokens, top_k)
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +135,7 @@ class RoutingEvaluation(ShownAsTable):
     @property
     def balance_L(self) -> Tensor:
         """B of each layer."""
-        return balance_score(self.load.load_LE)
+        return metrics.balance_score(self.load.load_LE)
 
     @property
     def balance(self) -> float:
@@ -159,7 +149,7 @@ class RoutingEvaluation(ShownAsTable):
     @property
     def balanced_perplexity(self) -> float:
         """exp(CE) * exp(beta * (1 - B)), with B averaged over layers."""
-        return float(balanced_perplexity(self.cross_entropy, self.balance, self.beta))
+        return float(metrics.balanced_perplexity(self.cross_entropy, self.balance, self.beta))
 
     def rows(self) -> list[dict]:
         """The load report's rows, each layer's with its balance loss."""
@@ -209,8 +199,8 @@ def evaluate_routing(
                 ids = routing.expert_ids_NK[chosen_NK.expand_as(routing.expert_ids_NK)]
                 counts_LE[i] += count_ids(ids, num_experts).cpu()
                 probability_LE[i] += probabilities_NE.sum(0).cpu()
-                confidence = [router_margin(probabilities_NE).sum(), router_entropy(probabilities_NE).sum()]
-                confidence_L2[i] += torch.stack(confidence).cpu()
+                for j, confidence in enumerate((metrics.router_margin, metrics.router_entropy)):
+                    confidence_L2[i, j] += confidence(probabilities_NE).sum().cpu()
     load_LE, (margin_L, entropy_L) = counts_LE / counts_LE.sum(-1, keepdim=True), (confidence_L2 / tokens).unbind(1)
     aux_loss_L = num_experts * (load_LE * probability_LE / tokens).sum(-1)
     report = LoadReport(tuple(layers), load_LE, tokens, top_k)

@@ -151,7 +151,8 @@ def coactivation(expert_ids_NK: Tensor, num_experts: int) -> Tensor:
     Range 0..1; the diagonal is 1, a row without tokens NaN; the rest of a row sums to K-1. Uniform: (K-1)/(E-1) off
     the diagonal. Shuffled (first choices against the rest): an expert is followed by the others as they are loaded.
     """
-    chosen_NE = _chosen(_checked_ids(expert_ids_NK, num_experts), num_experts)
+    ids_NK = _checked_ids(expert_ids_NK, num_experts)
+    chosen_NE = by_expert(torch.ones_like(ids_NK, dtype=torch.float64), ids_NK, num_experts)
     together_EE = chosen_NE.transpose(-2, -1) @ chosen_NE
     return together_EE / together_EE.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
@@ -239,7 +240,6 @@ def shuffled_baseline(
         raise ValueError(f"there are {expert_ids_NK.shape[-2]} tokens but labels for {labels_N.shape[dim]}")
     if groups_N is not None and within_N is not None:
         raise ValueError("give groups_N or within_N, not both: they are different questions")
-    _check_repeats(repeats)
     generator = torch.Generator().manual_seed(seed)
     of_group_N, labels_G = None, labels_N
     if groups_N is not None:
@@ -265,18 +265,14 @@ def uniform_baseline(
     """What `statistic(expert_ids_NK)` gives when each of N tokens draws K different experts, all equally likely."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} but there are {num_experts} experts; choose 1..{num_experts}")
-    _check_repeats(repeats)
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.rand(num_tokens, num_experts, generator=generator) for _ in range(repeats))
     return _baseline([statistic(draw_NE.topk(top_k, dim=-1).indices) for draw_NE in draws])
 
 
-def _check_repeats(repeats: int) -> None:
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats} gives no spread; choose at least 2, better 20")
-
-
 def _baseline(values: list) -> Baseline:
+    if len(values) < 2:
+        raise ValueError(f"repeats={len(values)} gives no spread; choose at least 2, better 20")
     values_R = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values])
     return Baseline(values_R.mean(0), values_R.std(0))
 
@@ -301,11 +297,6 @@ def _entropy(p_E: Tensor) -> Tensor:
     return (0 - torch.xlogy(p_E, p_E).sum(-1)) / math.log(2)  # 0 - x: no -0.0
 
 
-def _chosen(expert_ids_NK: Tensor, num_experts: int) -> Tensor:
-    """chosen_NE: 1 where the token uses the expert, else 0."""
-    return by_expert(torch.ones_like(expert_ids_NK, dtype=torch.float64), expert_ids_NK, num_experts)
-
-
 def _counts(expert_ids_NK: Tensor, labels_N: Tensor, num_experts: int, num_classes: int | None = None) -> Tensor:
     """counts_CE (or counts_LCE): how many of the class's tokens chose the expert."""
     ids_LNK = _checked_ids(expert_ids_NK, num_experts).reshape(-1, *expert_ids_NK.shape[-2:])
@@ -319,8 +310,7 @@ def _counts(expert_ids_NK: Tensor, labels_N: Tensor, num_experts: int, num_class
     if low < 0 or high >= num_classes:
         raise ValueError(f"label {low if low < 0 else high} is outside 0..{num_classes - 1}")
     cell_LNK = labels_N.long()[:, None] * num_experts + ids_LNK
-    size = num_classes * num_experts
-    counts_LCE = torch.stack([count_ids(cell_NK, size) for cell_NK in cell_LNK])
+    counts_LCE = torch.stack([count_ids(cell_NK, num_classes * num_experts) for cell_NK in cell_LNK])
     return counts_LCE.double().reshape(*expert_ids_NK.shape[:-2], num_classes, num_experts)
 
 

@@ -250,6 +250,6 @@ def refuse_compiled(module: nn.Module, also: str = "") -> None:
     """Compiled code may leave out hooks that were registered after it was made."""
     if module._compiled_call_impl is not None or type(module).__name__ == also:
         raise ValueError(
-            f"{type(module).__name__} is compiled, and hooks inside it may be left out: record and call the model that "
-            "is not compiled, or a DecoderLM compiled as a whole by torch.compile(model)"
+            f"{type(module).__name__} is compiled, and hooks inside it may be left out: give and call the model that "
+            "is not compiled (record_routing also takes a DecoderLM compiled as a whole by torch.compile(model))"
         )

@@ -64,7 +64,7 @@ class Store:
 
     def read(self, name: str) -> Tensor:
         if self.closed:
-            raise ValueError("this trace was closed; read it before, or keep it with trace.save(path)")
+            raise ValueError("this trace was closed when it could not be written to the disk; record it again")
         if self.length == 0:
             raise ValueError(
                 "nothing was recorded: call the model that you gave to record_routing, inside the `with` block, on at "
@@ -203,16 +203,6 @@ class RoutingTrace:
             return cls(layers=header["layers"], **{name: tensors[name] for name in FIELDS})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}): it is damaged or not a {what}") from error
-
-    def close(self) -> None:
-        """Free the memory and delete the temporary files; happens by itself when the trace is garbage-collected."""
-        self._store.close()
-
-    def __enter__(self) -> RoutingTrace:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._store.closed or not len(self):

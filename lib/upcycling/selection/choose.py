@@ -311,7 +311,7 @@ def _fill(
         spent, stop = 0, min(place[s] + look_at, len(queues[s]))
         while place[s] < stop:
             document = int(queues[s][place[s]])
-            if spent + cost_N[document] > limit or not (unique is None or unique.is_prepared(document)):
+            if spent + cost_N[document] > limit or not (unique is None or document in unique.prepared):
                 break
             place[s] += 1
             if unique is None or unique.add(document):

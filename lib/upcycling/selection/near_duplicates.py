@@ -36,9 +36,6 @@ class _Unique:
         hashes = MinHash.generator(map(_shingles, texts), num_perm=PERMUTATIONS, hashfunc=operator.index)
         self.prepared.update(zip(wanted, hashes))
 
-    def is_prepared(self, number: int) -> bool:
-        return number in self.prepared
-
     def add(self, number: int) -> bool:
         """Add the document unless it is a near-duplicate; returns whether it was added."""
         minhash = self.prepared.pop(number)

@@ -74,12 +74,8 @@ def excess(documents: Documents, model: nn.Module, moe: nn.Module, seq_len: int,
     return dense - sparse
 
 
-SCORES: dict[str, Callable[..., np.ndarray]] = {
-    "count_entropy": count_entropy,
-    "normalized_entropy": normalized_entropy,
-    "cross_entropy": cross_entropy,
-    "excess": excess,
-}
+_FUNCTIONS: tuple[Callable[..., np.ndarray], ...] = (count_entropy, normalized_entropy, cross_entropy, excess)
+SCORES = {score.__name__: score for score in _FUNCTIONS}
 
 
 def score_documents(
