@@ -9,6 +9,21 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CHECK = "nbval-check-output"
 
+# The first code cell of every notebook. pip leaves alone what Colab has within pyproject.toml's bounds. torchvision is
+# named since each of its releases fits one torch only, and transformers imports it where it finds it.
+COLAB_CELL = """\
+import os
+import sys
+
+if "google.colab" in sys.modules:  # Google Colab: fetch the library
+    REPOSITORY = "https://github.com/..."  # the address of the repository that holds this notebook
+    if not os.path.isdir("/content/upcycling"):
+        !git clone -q --depth 1 {REPOSITORY} /content/upcycling
+    # Colab's torch stays, unless it is newer than the library knows: then the newest that it knows
+    !pip install -q -e /content/upcycling torchvision
+    sys.path.insert(0, "/content/upcycling/lib")
+    os.chdir("/content/upcycling/notebooks")"""
+
 
 def text_of(cell):
     """What nbval compares of a code cell's saved outputs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tomllib
 import yaml
+from cells import COLAB_CELL
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -154,7 +155,7 @@ def test_the_check_without_the_library(monkeypatch, capsys):
 
 def test_colab_keeps_its_torch_within_the_bounds(project):
     """One pip line: the bounds of pyproject.toml, nothing replaced that they admit, and torchvision in step."""
-    lines = environment.COLAB_CELL.splitlines()
+    lines = COLAB_CELL.splitlines()
     guard = lines.index(next(line for line in lines if line.startswith("if ")))
     assert lines[guard].startswith('if "google.colab" in sys.modules:')
     assert all(line.startswith((" ", "import ")) or not line for line in lines[:guard] + lines[guard + 1 :])

@@ -1,4 +1,4 @@
-"""Does this machine have what the notebooks need, and where do they keep what they make? And Google Colab's cell."""
+"""Does this machine have what the notebooks need, and where do they keep what they make?"""
 
 from __future__ import annotations
 
@@ -15,21 +15,6 @@ GIGABYTES_FREE = 1.0  # what one run of the series writes to artifacts/, with ro
 
 # Packages that others bring along; check_environment names them only where something is wrong with them.
 _BROUGHT_ALONG = {"filelock", "huggingface_hub", "ipython", "packaging", "pandas", "pillow", "psutil", "typer"}
-
-# The first code cell of every notebook. pip leaves alone what Colab has within pyproject.toml's bounds. torchvision is
-# named since each of its releases fits one torch only, and transformers imports it where it finds it.
-COLAB_CELL = """\
-import os
-import sys
-
-if "google.colab" in sys.modules:  # Google Colab: fetch the library
-    REPOSITORY = "https://github.com/..."  # the address of the repository that holds this notebook
-    if not os.path.isdir("/content/upcycling"):
-        !git clone -q --depth 1 {REPOSITORY} /content/upcycling
-    # Colab's torch stays, unless it is newer than the library knows: then the newest that it knows
-    !pip install -q -e /content/upcycling torchvision
-    sys.path.insert(0, "/content/upcycling/lib")
-    os.chdir("/content/upcycling/notebooks")"""
 
 
 def project_folder() -> Path:

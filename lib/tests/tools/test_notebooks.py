@@ -17,10 +17,8 @@ import types
 
 import nbformat
 import pytest
-from cells import CHECK, NOTEBOOKS, ROOT, code_cell, tags, text_of, without_magics
+from cells import CHECK, COLAB_CELL, NOTEBOOKS, ROOT, code_cell, tags, text_of, without_magics
 from nbval.plugin import get_sanitize_patterns
-
-from upcycling.environment import COLAB_CELL
 
 CHECKED_CELLS = 6
 MACHINE_PATH = re.compile(r"(?<![\w.:/])(/home/|/root/|/Users/|/work/|/tmp/|/private/|[A-Z]:\\)\w")
@@ -57,7 +55,7 @@ def problems(notebook, path):
     if not 900 <= words <= 3000:
         found.append(f"{words} words of prose, not 900 to 3000")
     if not code or COLAB_CELL not in code[0].source:
-        found.append("the first code cell does not hold environment.COLAB_CELL")
+        found.append("the first code cell does not hold COLAB_CELL")
 
     for number, cell in enumerate(code, 1):
         where = f"code cell {number}"

@@ -283,13 +283,7 @@ def _mend_batch(batch: dict) -> dict:
 
 def _misread(character: str, encoding: str) -> str:
     """What a character becomes when its UTF-8 bytes are read as `encoding` (undefined bytes as control characters)."""
-    pieces = []
-    for byte in character.encode():
-        try:
-            pieces.append(bytes([byte]).decode(encoding))
-        except UnicodeDecodeError:
-            pieces.append(chr(byte))
-    return "".join(pieces)
+    return "".join(bytes([byte]).decode(encoding, errors="ignore") or chr(byte) for byte in character.encode())
 
 
 _MENDED = {
@@ -330,11 +324,9 @@ def entropy_floor(rows, token_counts: Iterable[int]) -> EntropyFloor:
     """
     if not has_floor(rows):
         raise ValueError("this corpus has no column 'surprisal', so its entropy floor is unknown; only worlds has one")
-    if hasattr(rows, "column_names"):
-        surprisals, domains = rows["surprisal"], rows["domain"]
-    else:
-        surprisals, domains = [row["surprisal"] for row in rows], [row["domain"] for row in rows]
-    surprisals, domains = np.asarray(surprisals, np.float64), np.asarray(domains)
+    if not hasattr(rows, "column_names"):
+        rows = {column: [row[column] for row in rows] for column in ("surprisal", "domain")}
+    surprisals, domains = np.asarray(rows["surprisal"], np.float64), np.asarray(rows["domain"])
     counts = np.asarray(list(token_counts), np.int64)
     if len(counts) != len(surprisals):
         raise ValueError(f"{len(counts)} token counts for {len(surprisals)} documents; give one for each")

@@ -88,7 +88,8 @@ class TokenStream:
         Raises ValueError if the stream is shorter than one window with its targets, `seq_len + 1` tokens.
         """
         starts_B = self._random_starts(batch_size, seq_len, seed, step)
-        return _tokens_and_targets(self.tokens[starts_B[:, None] + np.arange(seq_len + 1)])
+        windows = torch.from_numpy(self.tokens[starts_B[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def random_document_ids(self, batch_size: int, seq_len: int, *, seed: int, step: int) -> np.ndarray:
         """The ids, sorted, of the documents that `random_windows` of the same arguments shows, targets included."""
@@ -165,8 +166,3 @@ def padded_batch(
 def _check_sizes(batch_size: int, seq_len: int) -> None:
     if batch_size < 1 or seq_len < 1:
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must both be at least 1")
-
-
-def _tokens_and_targets(windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    windows = torch.from_numpy(windows.astype(np.int64))
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +59,8 @@ class _Files:
 
     def usable_record(self, documents: int, vocab_size: int) -> dict:
         """The record on disk if the files bear it out, else that of an empty stream; cuts off what is not recorded."""
-        empty = {
-            "documents": documents,
-            "done": 0,
-            "tokens": 0,
-            "vocab_size": vocab_size,
-            "dtype": id_dtype(vocab_size),
-        }
+        empty = {"documents": documents, "done": 0, "tokens": 0, "vocab_size": vocab_size}
+        empty["dtype"] = id_dtype(vocab_size)
         if not self.record.exists():
             return empty
         try:
@@ -98,10 +93,8 @@ def _tokenize(dataset, tokenizer: Tokenizer, column: str, files: _Files, record:
         else:
             lengths_file.truncate(_sizes(record)[1])
         tokens_file.truncate(_sizes(record)[0])
-        bar = tqdm(
-            total=record["documents"], initial=record["done"], desc="tokenizing", unit="doc", disable=not progress
-        )
-        with bar:
+        options = {"desc": "tokenizing", "unit": "doc", "disable": not progress}
+        with tqdm(total=record["documents"], initial=record["done"], **options) as bar:
             batches = in_batches(_texts(dataset, column, record["done"]))
             for encodings in one_ahead(lambda batch: encode_plain(tokenizer, batch), batches):
                 documents = framed(tokenizer, encodings)
@@ -125,13 +118,7 @@ def one_ahead(function: Callable, items: Iterable) -> Iterator:
     Encoding runs on all cores and without Python's lock, what follows it on one: so neither waits for the other.
     """
     with ThreadPoolExecutor(1) as thread:
-        before = None
-        for item in items:
-            coming = thread.submit(function, item)
-            if before is not None:
-                yield before.result()
-            before = coming
-        if before is not None:
+        for before, _ in pairwise(chain((thread.submit(function, item) for item in items), [None])):
             yield before.result()
 
 

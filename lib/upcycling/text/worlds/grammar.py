@@ -12,14 +12,13 @@ from .words import article, plural
 class Choices:
     """Weighted texts to choose among; integer weights, so that a random number means the same entry everywhere."""
 
-    __slots__ = ("costs", "cumulative", "texts", "total", "weights")
+    __slots__ = ("cumulative", "texts", "total", "weights")
 
     def __init__(self, texts, weights=None):
         self.texts = list(texts)
         self.weights = [1] * len(self.texts) if weights is None else list(weights)
         self.cumulative = list(accumulate(self.weights))
         self.total = self.cumulative[-1]
-        self.costs = [-math.log(weight / self.total) if weight else math.inf for weight in self.weights]
 
 
 class Chooser:
@@ -31,9 +30,7 @@ class Chooser:
     surprisal = 0.0
 
     def pick(self, choices: Choices) -> int:
-        index = self._choose(choices, ())
-        self.surprisal += choices.costs[index]
-        return index
+        return self.pick_new(choices, ())
 
     def pick_new(self, choices: Choices, used: Sequence[int]) -> int:
         index = self._choose(choices, used)
