@@ -8,7 +8,6 @@ from seen import frames, levels, names, runs, words, written
 
 from upcycling.core.routers import ExpertChoice, StraightThrough, TopP
 from upcycling.core.routing import limit_capacity, route
-from upcycling.routing import metrics
 from upcycling.show import (
     plot_choices,
     plot_expert_classes,
@@ -32,7 +31,7 @@ def cells(axes):
 
 
 def test_expert_matrix():
-    figure = plot_expert_matrix(SHARE, ["code", "stories"], null=0.25, spread=0.05, vmax=0.6, title="layer 1")
+    figure = plot_expert_matrix(SHARE, ["code", "stories"], null=0.25, vmax=0.6, title="layer 1")
     axes, bar = figure.axes
     assert np.allclose(axes.images[0].get_array(), SHARE)
     assert axes.images[0].get_clim() == (0, 0.6)
@@ -40,24 +39,8 @@ def test_expert_matrix():
     assert runs(axes)[1].strings == ("0", "1", "2", "3"), "the experts' numbers"
     assert names(axes) == ["code", "stories"] and axes.get_title(loc="left") == "layer 1"
     assert axes.get_ylabel() == "domain" and axes.get_xlabel().startswith("expert")
-    assert frames(axes) == {(0, 0)}, "only 0.5 is more than three spreads above 0.25"
-    assert "three spreads" in axes.get_xlabel()
     assert "(%)" in bar.get_ylabel()
     assert levels(bar) == [0.25] and words(bar) == {"chance"}
-
-
-def test_expert_matrix_takes_the_metric_and_its_baseline():
-    labels_N = torch.arange(600) % 3
-    ids_NK = torch.stack([labels_N, 3 + torch.randint(0, 3, (600,), generator=torch.Generator().manual_seed(0))], 1)
-
-    def statistic(ids, labels):
-        return metrics.domain_specialization(ids, labels, 6)
-
-    null = metrics.shuffled_baseline(statistic, ids_NK, labels_N)
-    share_CE = statistic(ids_NK, labels_N)
-    axes, bar = plot_expert_matrix(share_CE, ["a", "b", "c"], null=null.mean, spread=null.standard_deviation).axes
-    assert frames(axes) == {(0, 0), (1, 1), (2, 2)}
-    assert levels(bar) == [], "a null that differs from cell to cell is no line"
 
 
 def test_class_matrix_names_its_axis():
@@ -88,12 +71,11 @@ def test_many_experts_keep_within_the_page_and_their_numbers_apart():
 
 def test_knockout():
     cost_EC = np.array([[0.8, 0.01], [-0.2, 0.0], [np.nan, 0.05]])
-    axes, bar = plot_knockout(cost_EC, ["code", "stories"], experts=[3, 5, 7], noise=0.1).axes
+    axes, bar = plot_knockout(cost_EC, ["code", "stories"], noise=0.1).axes
     image = axes.images[0]
     assert np.allclose(np.ma.filled(image.get_array(), np.nan), cost_EC.T, equal_nan=True)
     assert image.get_clim() == (-0.8, 0.8), "centred at 0"
     assert cells(axes) == [["+0.80", "-0.20", "–"], ["+0.01", "0", "+0.05"]]
-    assert runs(axes)[1].strings == ("3", "5", "7")
     assert frames(axes) == {(0, 0), (1, 0)}, "beyond the noise, either way"
     red, _, blue, _ = image.to_rgba(image.get_array())[0, 0]
     assert red > blue, "costs are red"
@@ -104,14 +86,10 @@ def test_knockout():
 def test_matrices_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match=r"shape \(2, 4\) but there are 3 domain names; give \(3, experts\)"):
         plot_expert_matrix(SHARE, ["a", "b", "c"])
-    with pytest.raises(ValueError, match="no null"):
-        plot_expert_matrix(SHARE, ["a", "b"], spread=0.1)
-    with pytest.raises(ValueError, match="null has shape"):
-        plot_expert_matrix(SHARE, ["a", "b"], null=[0.1, 0.2, 0.3], spread=0.1)
+    with pytest.raises(ValueError, match="noise has shape"):
+        plot_knockout(SHARE.T, ["a", "b"], noise=[0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match=r"shape \(4, 2\) but there are 1 domain names; give \(experts, 1\)"):
         plot_knockout(SHARE.T, ["a"])
-    with pytest.raises(ValueError, match="2 expert numbers but 4 rows"):
-        plot_knockout(SHARE.T, ["a", "b"], experts=[0, 1])
     with pytest.raises(ValueError, match="3 layers"):
         plot_layer_loads(np.ones((2, 4)), [0, 1, 2])
 

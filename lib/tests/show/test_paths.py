@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import to_hex
 from seen import runs, words
 
-from upcycling.show import plot_coactivation, plot_flow
+from upcycling.show import paths, plot_coactivation, plot_flow
 from upcycling.show.paths import layer_flows
 from upcycling.show.style import expert_colour
 
@@ -29,7 +29,7 @@ def edges_of(figure):
     }
 
 
-def test_coactivation_draws_what_is_above_chance():
+def test_coactivation_draws_what_is_above_chance(monkeypatch):
     share_EE = np.array([[1, 0.6, 0.1, 0.2], [0.3, 1, 0.2, 0.1], [0.1, 0.4, 1, 0.1], [np.nan] * 4])
     figure = plot_coactivation(share_EE, chance=1 / 3)
     edges = edges_of(figure)
@@ -38,10 +38,10 @@ def test_coactivation_draws_what_is_above_chance():
     assert {"0", "1", "2", "3"} <= words(figure.axes[0])
     key = [text.get_text() for text in figure.axes[1].texts]
     assert key[:3] == ["0.4", "0.5", "0.6"] and "share" in key[3]
-    few = plot_coactivation(share_EE, chance=1 / 3, max_edges=1, title="layer 0")
+    monkeypatch.setattr(paths, "MOST_EDGES", 1)
+    few = plot_coactivation(share_EE, chance=1 / 3, title="layer 0")
     assert set(edges_of(few)) == {(0, 1)}
     assert few.axes[0].get_title(loc="left") == "layer 0 (strongest 1 of 2)"
-    assert max(edges_of(plot_coactivation(share_EE, chance=1 / 3, vmax=1.2)).values()) < edges[0, 1]
 
 
 def test_coactivation_without_an_edge_and_of_the_wrong_shape():
@@ -66,7 +66,7 @@ def test_layer_flows():
         layer_flows(IDS, WEIGHTS[:1], 3)
 
 
-def test_flow():
+def test_flow(monkeypatch):
     figure = plot_flow(torch.as_tensor(IDS), torch.as_tensor(WEIGHTS), 3, [4, 7], title="digits")
     (axes,) = figure.axes
     ribbons, bars = axes.collections[:2]
@@ -88,7 +88,8 @@ def test_flow():
         assert np.allclose(filled, [0, 0, 0, 0.25, 0.75] if side else [0.625, 0.125, 0.25, 0, 0])
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "7"]
     assert "100 % of the weight" in axes.get_xlabel() and "combine weights" in axes.get_ylabel()
-    strongest = plot_flow(IDS, WEIGHTS, 3, [4, 7], max_ribbons=1).axes[0]
+    monkeypatch.setattr(paths, "MOST_RIBBONS", 1)
+    strongest = plot_flow(IDS, WEIGHTS, 3, [4, 7]).axes[0]
     assert len(strongest.collections[0].get_paths()) == 1 and "50 % of the weight" in strongest.get_xlabel()
     with pytest.raises(ValueError, match="2 layers of routing but 1"):
         plot_flow(IDS, WEIGHTS, 3, [4])

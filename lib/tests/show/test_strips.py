@@ -17,6 +17,7 @@ from upcycling.show import (
     plot_specialisation,
     plot_token_losses,
     plot_token_strip,
+    strips,
 )
 from upcycling.show.style import expert_colour, ink, png, printable
 
@@ -67,7 +68,7 @@ def test_hostile_text_draws_without_a_warning_everywhere():
         plot_expert_matrix(np.full((count, 4), 0.2), HOSTILE, kind=HOSTILE[0], quantity="$_", title=title),
         plot_knockout(np.zeros((4, count)), HOSTILE, title=title),
         plot_layer_loads(np.full((1, 4), 0.25), [0], title=title),
-        plot_coactivation(np.ones((3, 3)), chance=0, quantity=HOSTILE[6], title=title),
+        plot_coactivation(np.ones((3, 3)), chance=0, title=title),
         plot_flow([[[0]]], [[[1.0]]], 2, [0], title=title),
         plot_losses({name: [(0, 0.5), (1, 1)] for name in HOSTILE}),
         plot_saturation({name: [(0, 0.5), (1, 1)] for name in HOSTILE}, title=title),
@@ -104,8 +105,10 @@ def test_token_strip():
     assert "experts, best first" in axes.get_xlabel()
 
 
-def test_token_strip_wraps_and_says_what_it_left_out():
-    figure = plot_token_strip(["token"] * 50, np.zeros(50, int), columns=20, max_tokens=12, title="long")
+def test_token_strip_wraps_and_says_what_it_left_out(monkeypatch):
+    monkeypatch.setattr(strips, "COLUMNS", 20)
+    monkeypatch.setattr(strips, "MOST_TOKENS", 12)
+    figure = plot_token_strip(["token"] * 50, np.zeros(50, int), title="long")
     (axes,) = figure.axes
     boxes = axes.collections[0].get_paths()
     assert len(boxes) == 12

@@ -24,7 +24,6 @@ def plot_losses(
     title: str = "",
     x_label: str = "optimizer updates",
     y_label: str = "validation loss (nats per token)",
-    log_y: bool = False,
 ) -> Figure:
     """Loss curves by name, each a list of (x, loss); the entropy floor and the dense -> MoE boundary as lines."""
     figure, (axes,) = row_of_axes(1, (7, 3.8), grid="both")
@@ -35,8 +34,6 @@ def plot_losses(
     if boundary is not None:
         axes.axvline(boundary, color="0.6", linewidth=1)
         note(axes, "upcycled here", (boundary, 1), (4, -4), ("data", "axes fraction"), va="top")
-    if log_y:
-        axes.set_yscale("log")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=9)
@@ -59,32 +56,26 @@ def _draw_curves(axes: Axes, curves: Curves, *, markers: str = " ", **options: A
     return list(colours)
 
 
-def plot_saturation(
-    curves: Curves, *, chance: float | None = None, now: float | None = None, title: str = ""
-) -> Figure:
+def plot_saturation(curves: Curves, *, chance: float | None = None, title: str = "") -> Figure:
     """Router saturation by layer, each a list of (update, share): how many of the final experts are chosen already.
 
-    `chance` is the overlap of random choices (K / E); `now` marks a moment. OLMoE (Muennighoff et al.
-    2024), section 5.1.
+    `chance` is the overlap of random choices (K / E). OLMoE (Muennighoff et al. 2024), section 5.1.
     """
     label = "share of the final experts already chosen"
-    return plot_specialisation(curves, null=chance, now=now, y_label=label, y_max=1.03, title=title)
+    return plot_specialisation(curves, null=chance, y_label=label, y_max=1.03, title=title)
 
 
 def plot_specialisation(
     curves: Curves,
     *,
     null: float | None = None,
-    spread: float | None = None,
-    now: float | None = None,
     y_label: str = "domain specialisation (bits)",
     y_max: float | None = None,
     title: str = "",
 ) -> Figure:
     """A measure of specialisation by layer, each a list of (update, value), over the null's line.
 
-    With `spread` (the null's standard deviation) a band of three spreads on either side is shaded; `now` marks a
-    moment, and `y_max` fixes the axis, for a playback.
+    `y_max` fixes the end of the axis. Raises ValueError without a curve, and for a curve without a point.
     """
     if not curves or not all(curves.values()):
         raise ValueError("give at least one curve, each with at least one (update, value)")
@@ -94,10 +85,6 @@ def plot_specialisation(
     if null is not None:
         axes.axhline(null, color="0.35", linestyle=":", linewidth=1.2)
         ends.append((null, "chance", "0.35"))
-        if spread is not None:
-            axes.axhspan(null - 3 * spread, null + 3 * spread, color="0.5", alpha=0.25, linewidth=0)
-    if now is not None:
-        axes.axvline(now, color="0.25", linewidth=1)
     axes.set(xlabel="optimizer updates", ylabel=label_text(y_label), ylim=(0, y_max))
     axes.spines[["top", "right"]].set_visible(False)
     # each line's name at its end, pushed up where names would touch; the highest may not leave the axes

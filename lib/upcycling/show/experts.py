@@ -37,8 +37,7 @@ def plot_expert_matrix(
     share_CE,
     names: Sequence[str],
     *,
-    null=None,
-    spread=None,
+    null: float | None = None,
     kind: str = "domain",
     quantity: str = "share of the domain's tokens",
     vmax: float | None = None,
@@ -46,22 +45,12 @@ def plot_expert_matrix(
 ) -> Figure:
     """Domains (or another `kind` of row, with these names) x experts: a share in each cell, drawn and written in %.
 
-    `share_CE` is what `metrics.domain_specialization` returns. `null` is what chance gives: a number, which is marked
-    on the colour bar, or anything that broadcasts to (C, E). With `spread` (the null's standard deviation, same shapes)
-    the cells more than three spreads above it are framed. `vmax` fixes the end of the colour scale (a share).
-    Raises ValueError where the shapes do not fit.
+    `share_CE` is what `metrics.domain_specialization` returns. `null` is what chance gives, marked on the colour bar;
+    `vmax` fixes the end of the colour scale (a share). Raises ValueError where the shapes do not fit.
     """
     share_CE = style.checked_matrix(share_CE, (len(names), None), f"{len(names)} {kind} names")
-    framed_CE, x_label = None, "expert"
-    if spread is not None:
-        if null is None:
-            raise ValueError("spread is given but no null to count it from; give null as well")
-        high_CE = style.shaped_like(share_CE, null, "null") + 3 * style.shaped_like(share_CE, spread, "spread")
-        framed_CE = share_CE > high_CE
-        x_label += " (framed: more than three spreads above chance)"
-    chance = {"chance": float(null)} if null is not None and np.ndim(null) == 0 else {}
-    options = {"scale": (0, vmax), "framed_RE": framed_CE, "marks": chance}
-    return heat_map(share_CE, names, quantity, x_label, kind, title=title, **options)
+    chance = {} if null is None else {"chance": null}
+    return heat_map(share_CE, names, quantity, "expert", kind, title=title, scale=(0, vmax), marks=chance)
 
 
 def plot_expert_classes(
@@ -72,28 +61,20 @@ def plot_expert_classes(
 
 
 def plot_knockout(
-    cost_EC,
-    domains: Sequence[str],
-    *,
-    experts: Sequence[int] | None = None,
-    noise=None,
-    limit: float | None = None,
-    title: str = "",
+    cost_EC, domains: Sequence[str], *, noise=None, limit: float | None = None, title: str = ""
 ) -> Figure:
     """Domains x experts: the loss (nats per token) that removing the expert costs the domain; red costs, blue gains.
 
-    `cost_EC` is one layer of a `KnockoutTable`, `experts` the numbers of its rows where they are not all from 0. With
-    `noise` (nats; a number, or anything that broadcasts to (E, C)) the cells beyond it on either side are framed.
+    `cost_EC` is one layer of a `KnockoutTable`. With `noise` (nats; a number, or anything that broadcasts to (E, C))
+    the cells beyond it on either side are framed.
     `limit` fixes the ends of the colour scale, else the largest cost is the end. Not-a-number (not measured) is grey.
     Raises ValueError where the shapes do not fit.
     """
     cost_EC = style.checked_matrix(cost_EC, (None, len(domains)), f"{len(domains)} domain names")
-    if experts is not None and len(experts) != len(cost_EC):
-        raise ValueError(f"{len(experts)} expert numbers but {len(cost_EC)} rows of costs; give one for each")
     framed_CE = None if noise is None else (np.abs(cost_EC) > style.shaped_like(cost_EC, noise, "noise")).T
     limit = style.scale_end(np.abs(cost_EC)) if limit is None else limit
     x_label = "expert removed" + ("" if noise is None else " (framed: beyond the noise)")
-    look = {"scale": (-limit, limit), "cmap": style.DIFFERENCE, "framed_RE": framed_CE, "numbers": experts}
+    look = {"scale": (-limit, limit), "cmap": style.DIFFERENCE, "framed_RE": framed_CE}
     quantity = "change of loss (nats per token)"
     return heat_map(cost_EC.T, domains, quantity, x_label, "domain", title=title, write=style.signed, **look)
 
@@ -124,8 +105,9 @@ def weights_by_expert(routing: Routing) -> Tensor:
     return by_expert(weights_NK, routing.expert_ids_NK, routing.probabilities_NE.shape[-1])
 
 
-def plot_choices(routings: Mapping[str, Routing], title: str = "", columns: int = 4) -> Figure:
+def plot_choices(routings: Mapping[str, Routing], title: str = "") -> Figure:
     """One panel for each routing of a few tokens: its combine weights, and a cross where a full expert dropped one."""
+    columns = 4
     rows = -(-len(routings) // columns)
     figure, panels = style.row_of_axes(columns, (2.1 * columns, 2.5 * rows), title=title, rows=rows)
     for axes in panels[len(routings) :]:
@@ -150,11 +132,10 @@ def heat_map(
     values_RE: np.ndarray, rows: Sequence[str], quantity: str, x_label: str, y_label: str = "", *, title: str = "",
     scale: tuple[float, float | None] = (0, None), write: Callable[[float], str] | None = None,
     cmap: str = style.MEASURE, framed_RE: np.ndarray | None = None, marks: Mapping[str, float] | None = None,
-    numbers: Sequence[int] | None = None,
 ) -> Figure:  # fmt: skip
     """Rows x experts as colours, each value written into its cell; a colour bar with `marks`, values by name.
 
-    Without `write` the values are shares, in %. `numbers` are those of the experts, where they are not all from 0.
+    Without `write` the values are shares, in %.
     """
     scale = (scale[0], style.scale_end(values_RE) if scale[1] is None else scale[1])
     in_cell = write or (lambda share: f"{100 * share:.0f}")
@@ -168,8 +149,7 @@ def heat_map(
     )
     image = _draw_cells(axes, values_RE, in_cell, cmap, scale, 6.5 if cell > 0.16 else 0, turned=narrow)
     shown = range(0, experts, 1 + int(0.16 / cell))  # of hundreds of experts, not each number finds room
-    strings = [str(e if numbers is None else numbers[e]) for e in shown]
-    style.draw_strings(axes, strings, [(e, 0) for e in shown], 6 if narrow else 7, below=True)
+    style.draw_strings(axes, map(str, shown), [(e, 0) for e in shown], 6 if narrow else 7, below=True)
     axes.set(xticks=[], xlabel=x_label, ylabel=style.label_text(y_label))
     axes.xaxis.labelpad = 18
     axes.set_yticks(range(count), names, fontsize=9)

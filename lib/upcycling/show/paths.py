@@ -13,22 +13,15 @@ from matplotlib.path import Path
 from ..core.routing import by_expert
 from . import style
 
+MOST_EDGES, MOST_RIBBONS, LEAST_BAR = 60, 150, 0.01  # ribbons between two layers; a share of the combine weights
 
-def plot_coactivation(
-    strength_EE,
-    *,
-    chance,
-    load_E=None,
-    vmax: float | None = None,
-    max_edges: int = 60,
-    quantity: str = "share of an expert's tokens that the other one sees, too",
-    title: str = "",
-) -> Figure:
+
+def plot_coactivation(strength_EE, *, chance, load_E=None, title: str = "") -> Figure:
     """Experts on a circle, joined where two are chosen together more often than by chance; wider is more often.
 
     `strength_EE` is what `metrics.coactivation` returns (of each pair the larger side counts, the diagonal does not);
     `chance`, (K-1)/(E-1) there, is a number or anything that broadcasts to (E, E). Discs grow with `load_E`. Of more
-    than `max_edges` the strongest are drawn, and the title says so. `vmax` is the strength of the widest edge.
+    than `MOST_EDGES` the strongest are drawn, and the title says so.
     Raises ValueError for a matrix that is not square.
     """
     experts = len(strength_EE)
@@ -37,9 +30,9 @@ def plot_coactivation(
     strength_EE = np.triu(np.maximum(strength_EE, strength_EE.T), 1)
     edges = np.argwhere(strength_EE > 0)
     found = len(edges)
-    edges = edges[np.argsort(strength_EE[strength_EE > 0], kind="stable")][-max_edges:]
+    edges = edges[np.argsort(strength_EE[strength_EE > 0], kind="stable")][-MOST_EDGES:]
     values = strength_EE[tuple(edges.T)]
-    vmax = style.scale_end(values) if vmax is None else vmax
+    vmax = style.scale_end(values)
     angle_E = np.pi / 2 - 2 * np.pi * np.arange(experts) / experts
     place_E2 = np.stack([np.cos(angle_E), np.sin(angle_E)], -1)
     if len(edges) < found:
@@ -67,7 +60,7 @@ def plot_coactivation(
         key.add_collection(LineCollection(ends, linewidths=width(samples), **lines))
         for i, sample in enumerate(samples):
             key.text(i + 0.45, 0.75, f"{sample:.2g}", va="center", fontsize=8)
-    said = style.label_text(quantity) if found else "no pair is above chance"
+    said = "share of an expert's tokens that the other one sees, too" if found else "no pair is above chance"
     key.text(1.5, 0.1, said, ha="center", va="center", fontsize=8)
     return figure
 
@@ -87,31 +80,22 @@ def layer_flows(expert_ids_LNK, weights_LNK, num_experts: int) -> tuple[np.ndarr
     return shares_LNE.mean(1).numpy(), flow_LEE.numpy()
 
 
-def plot_flow(
-    expert_ids_LNK,
-    weights_LNK,
-    num_experts: int,
-    layers: Sequence[int],
-    *,
-    least: float = 0.01,
-    max_ribbons: int = 150,
-    title: str = "",
-) -> Figure:
+def plot_flow(expert_ids_LNK, weights_LNK, num_experts: int, layers: Sequence[int], *, title: str = "") -> Figure:
     """The way of a token (N = 1), or of a class of tokens, through the layers' experts, as a Sankey diagram.
 
     A bar is an expert, as high as its share of the combine weights (see `layer_flows`), its number in it; ribbons lead
-    to the next layer's experts. Left out are bars below `least` (a share) and, between two layers, all ribbons but the
-    strongest `max_ribbons`; the axis says how much of the weight the drawn ones carry.
+    to the next layer's experts. Left out are bars below `LEAST_BAR` and, between two layers, all ribbons but the
+    strongest `MOST_RIBBONS`; the axis says how much of the weight the drawn ones carry.
     Raises ValueError where the shapes do not fit.
     """
     share_LE, flow_LEE = layer_flows(expert_ids_LNK, weights_LNK, num_experts)
     if len(share_LE) != len(layers):
         raise ValueError(f"{len(share_LE)} layers of routing but {len(layers)} layer names; give one for each")
-    used = max(int((share_E >= least).sum()) for share_E in share_LE)
+    used = max(int((share_E >= LEAST_BAR).sum()) for share_E in share_LE)
     gap, half = 0.022, 0.07  # between bars, in shares; half a bar's width, in layers
     height = min(max(2.2, 0.24 * used), 9)
     figure, axes = style.new_axes(1.3 * len(layers) + 0.6, height, margins=(0.45, 0.15, 0.5, 0.05), title=title)
-    seen_LE = share_LE >= least
+    seen_LE = share_LE >= LEAST_BAR
     step_LE = seen_LE * (share_LE + gap)
     top_LE = step_LE.cumsum(1) - step_LE + (used - seen_LE.sum(1, keepdims=True)) * gap / 2
     ribbons, colours, drawn = [], [], 0.0
@@ -120,7 +104,7 @@ def plot_flow(
         leave_EE = top_LE[layer][:, None] + flow_EE.cumsum(1) - flow_EE
         arrive_EE = top_LE[layer + 1] + flow_EE.cumsum(0) - flow_EE
         seen_EE = np.where(np.outer(seen_LE[layer], seen_LE[layer + 1]), flow_EE, 0)
-        strongest = np.argsort(-seen_EE, axis=None, kind="stable")[: min(max_ribbons, np.count_nonzero(seen_EE))]
+        strongest = np.argsort(-seen_EE, axis=None, kind="stable")[: min(MOST_RIBBONS, np.count_nonzero(seen_EE))]
         for e, f in zip(*np.unravel_index(strongest, seen_EE.shape)):
             a, b, thick = leave_EE[e, f], arrive_EE[e, f], flow_EE[e, f]
             left, middle, right = layer + half, layer + 0.5, layer + 1 - half

@@ -85,7 +85,8 @@ def _report_data(trace, tokenizer, labels, title: str, max_tokens: int) -> dict:
         "colours": [[expert_colour(e), ink(expert_colour(e))] for e in range(experts)],
     }
     if labels is not None:
-        data |= _label_data(trace, [str(label) for label in _plain(labels)], order_N)
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
+        data |= _label_data(trace, list(map(str, labels)), order_N)
     return data
 
 
@@ -97,10 +98,6 @@ def _label_data(trace, labels: list[str], order_N) -> dict:
     numbers_N = torch.tensor([number[label] for label in labels])
     share_LCE = domain_specialization(trace.expert_ids, numbers_N, trace.num_experts, len(names))
     return {"labels": names, "label": numbers_N[order_N].tolist(), "shares": _thousandths(share_LCE)}
-
-
-def _plain(labels):
-    return labels.tolist() if hasattr(labels, "tolist") else labels
 
 
 def _thousandths(values) -> list:

@@ -28,10 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 # experts have the palette's hues and two more; 8-15 have them lighter, 16-23 darker, then they repeat
 _HUES = (*(COLOURS[i] for i in (0, 4, 2, 3, 5, 1)), "#F0E442", "#8C8C8C")
-MEASURE, DIFFERENCE = (
-    "magma_r",
-    "RdBu_r",
-)  # both perceptually uniform; 0 is paper-white, and in the middle of the second
+# both perceptually uniform; 0 is paper-white, and in the middle of the second
+MEASURE, DIFFERENCE = "magma_r", "RdBu_r"
 MONO, ADVANCE = "DejaVu Sans Mono", 0.602  # comes with matplotlib; width of its characters / size
 
 
