@@ -14,7 +14,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any
 
 from ..tables import Table
 
@@ -36,6 +35,8 @@ def time_by_kind(functions: Mapping[str, Callable[[], object]], rounds: int = 3)
     All run in turn, `rounds` times after one call that is not counted; of each function its fastest call is kept, the
     one that other work disturbed least. A row adds up to that whole call.
     """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes two lines to stderr for each profile
     for function in functions.values():
         function()
@@ -43,18 +44,13 @@ def time_by_kind(functions: Mapping[str, Callable[[], object]], rounds: int = 3)
     for _ in range(rounds):
         for name, function in functions.items():
             seconds = dict.fromkeys(KINDS, 0.0)
-            for event in _profile(function):
+            with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+                with record_function("the whole call"):
+                    function()
+            for event in recorded.key_averages():
                 seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
             calls[name].append(seconds)
     return {name: min(of, key=lambda seconds: sum(seconds.values())) for name, of in calls.items()}
-
-
-def _profile(function: Callable[[], object]) -> Any:
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded, record_function("the whole call"):
-        function()
-    return recorded.key_averages()
 
 
 def as_text(seconds: Mapping[str, Mapping[str, float]], baseline: str) -> str:

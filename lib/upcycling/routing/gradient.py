@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .trace import RoutingTrace
 SILENT = 1e-5
 """A router gradient below this fraction of its experts' gradient is rounding: where it is 0 by construction, 3e-8 was
 measured in float32 and in bfloat16; where the router learns, 0.02 and more."""
+_FINDINGS = json.loads((files(__package__) / "findings.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -46,38 +49,16 @@ class RouterDiagnosis:
     @property
     def finding(self) -> str:
         """What holds in this layer, what follows from it and what to do, in plain words."""
+        always_one = self.top_k == 1 and self.constant_weight_sum and self.silent
+        causes = {"frozen": self.frozen, "weight always 1": always_one, "tied": self.tied}
+        found = [name for name, holds in causes.items() if holds]
         if self.num_experts == 1:
-            return "there is only one expert, so there is nothing to learn"
-        causes = []
-        if self.frozen:
-            causes.append("the router is frozen (requires_grad=False), so nothing moves it")
-        if self.top_k == 1 and self.constant_weight_sum and self.silent:
-            causes.append(
-                "top-1 with renormalised weights: the weight is always 1, so the loss gives the router no gradient, "
-                "now or ever: use top_k of 2 or more, or do not renormalise"
-            )
-        if self.tied:
-            causes.append(
-                "all rows of the router are equal (a zero router?), so every token sees a tie and goes to the same "
-                f"{self.top_k} of {self.num_experts} experts with equal weights: copies stay copies and the other "
-                "experts never learn: draw the router from N(0, 0.02)"
-            )
-        if causes:
-            return "; ".join(causes)
-        if self.experts_identical and self.silent:
-            return (
-                "the experts are identical and the weights renormalised, so it makes no difference which are chosen "
-                "and the gradient is 0: right after copying that is as it should be, and it ends as the experts drift "
-                "apart on different tokens (noise on the experts ends it at once)"
-            )
-        if self.experts_identical:
-            return (
-                "the experts are identical and the weights not renormalised: the gradient only says how large the "
-                "output should be, not which expert to choose"
-            )
-        if self.silent:
-            return "the gradient is 0 to rounding although the experts differ: do they compute the same?"
-        return "the loss reaches the router"
+            found = ["one expert"]
+        elif not found and self.experts_identical:
+            found = ["identical, silent" if self.silent else "identical"]
+        elif not found:
+            found = ["silent" if self.silent else "learns"]
+        return "; ".join(_FINDINGS[name].format(top_k=self.top_k, num_experts=self.num_experts) for name in found)
 
 
 @dataclass(frozen=True, repr=False)

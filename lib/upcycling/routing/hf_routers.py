@@ -9,10 +9,12 @@ Shapes: N tokens, G groups of experts, E experts, K experts per token.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -62,19 +64,10 @@ def grouped_sigmoid(router: Any, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
     return weights_NK * router.routed_scaling_factor, expert_ids_NK
 
 
-# The rule of each class of router, by its name less "Router": so that nothing of transformers is imported here.
-_KNOWN: dict[Rule, str] = {
-    softmax_then_top_k: (
-        "FlexOlmoTopK MellumTopK MiniMaxTopK MixtralTopK OlmoeTopK Qwen2MoeTopK Qwen3MoeTopK Qwen3NextTopK "
-        "Qwen3VLMoeTextTopK Qwen3_5MoeTopK"
-    ),
-    top_k_then_softmax: "GptOssTopK GraniteMoeTopK GraniteMoeHybridTopK GraniteMoeSharedTopK",
-    grouped_sigmoid: (
-        "DeepseekV3Topk DeepseekV32Topk Dots1Topk ExaoneMoeTopk Glm4MoeTopk Glm4MoeLiteTopk Glm4vMoeTextTopk "
-        "GlmMoeDsaTopk SolarOpenTopk"
-    ),
-}
-RULES: dict[str, Rule] = {f"{name}Router": rule for rule, names in _KNOWN.items() for name in names.split()}
+# The classes of routers that have each rule, by their names less "Router": nothing of transformers is imported here.
+_KNOWN = json.loads((files(__package__) / "routers.json").read_text(encoding="utf-8"))
+_RULES: tuple[Rule, ...] = (softmax_then_top_k, top_k_then_softmax, grouped_sigmoid)
+RULES = {f"{name}Router": rule for rule in _RULES for name in _KNOWN[rule.__name__]}
 
 
 @dataclass(frozen=True)

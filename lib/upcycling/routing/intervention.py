@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -213,14 +214,12 @@ class KnockoutTable:
         19 of 20 deals. Above it, the expert serves that domain; a large `delta` with few `spreads` is an expert that
         everybody needs.
         """
-        margin_LE, error_LE, spreads_LE, worst_LE = _margins(self.deltas_LEC, self.errors_LEC)
+        measured = (*_margins(self.deltas_LEC, self.errors_LEC), self.deltas_LEC.amax(-1))
         rows = []
-        for i, layer in enumerate(self.layers):
-            for j, expert in enumerate(self.experts):
-                c = int(worst_LE[i, j])
-                row = dict(layer=layer, expert=expert, domain=self.domains[c], delta=float(self.deltas_LEC[i, j, c]))
-                columns = dict(margin=margin_LE, error=error_LE, spreads=spreads_LE)
-                rows.append(row | {name: float(column_LE[i, j]) for name, column_LE in columns.items()})
+        for key, *values in zip(product(self.layers, self.experts), *(column_LE.flatten() for column_LE in measured)):
+            margin, error, spreads, worst, delta = (value.item() for value in values)
+            row = dict(layer=key[0], expert=key[1], domain=self.domains[int(worst)], delta=delta)
+            rows.append(row | dict(margin=margin, error=error, spreads=spreads))
         return sorted(rows, key=lambda row: -row["margin"])
 
 

@@ -156,14 +156,12 @@ class RoutingEvaluation(ShownAsTable):
         losses = [*self.aux_loss_L.tolist(), "–"]
         return [row | {"balance loss": loss} for row, loss in zip(self.load.rows(), losses)]
 
-    def _summary(self) -> str:
-        return (
+    def _as_table(self) -> Table:
+        summary = (
             f"cross-entropy {self.cross_entropy:.4f} nats, perplexity {self.perplexity:.3f}, balance B "
             f"{self.balance:.4f}, balanced perplexity (beta {self.beta:g}) {self.balanced_perplexity:.3f}"
         )
-
-    def _as_table(self) -> Table:
-        return Table(self.rows(), above=[self._summary()], below=self.load.notes())
+        return Table(self.rows(), above=[summary], below=self.load.notes())
 
 
 @torch.no_grad()

@@ -81,12 +81,6 @@ class Store:
         mapped = torch.from_numpy(np.memmap(self._file(name), dtype, "c", shape=shape))
         return mapped.transpose(0, 1) if name in PER_LAYER else mapped
 
-    def close(self) -> None:
-        self.closed = True
-        self.chunks = {name: [] for name in FIELDS}
-        if self.folder is not None:
-            self.folder.cleanup()
-
     def _flush(self) -> None:
         """Move the chunks in memory to the files."""
         try:
@@ -102,7 +96,9 @@ class Store:
                         (tensor.transpose(0, 1) if name in PER_LAYER else tensor).contiguous().numpy().tofile(file)
                 self.chunks[name] = []
         except OSError as error:
-            self.close()  # some fields may have been written and others not
+            self.closed, self.chunks = True, {}  # some fields may have been written and others not
+            if self.folder is not None:
+                self.folder.cleanup()
             raise OSError(
                 f"the trace could not be written to {self.folder.name if self.folder else self.directory} ({error}): "
                 "free disk space, choose another `directory`, or raise `memory_limit`"

@@ -60,7 +60,3 @@ def _read(rows: Rows, columns: Sequence[str], size: int = 1000) -> Iterator[dict
 def _check_columns(columns: Iterable[str], there: Iterable[str]) -> None:
     if missing := [name for name in columns if name not in there]:
         raise ValueError(f"there is no column {missing[0]!r}; the columns are {', '.join(there)}")
-
-
-def _length(rows: Rows) -> int | None:
-    return len(rows) if hasattr(rows, "__len__") else None

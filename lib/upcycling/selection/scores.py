@@ -14,7 +14,7 @@ from ..routing.adapter import context_length
 from ..routing.intervention import token_losses
 from ..text.stream import padded_batch
 from ..text.tokenizer import bos_eos, encode_documents, in_batches
-from .rows import Rows, _length, _plain_tokenizer, _read
+from .rows import Rows, _plain_tokenizer, _read
 
 Documents = Sequence[Sequence[int]]  # the token ids of each
 WINDOW = 64  # tokens, of `normalized_entropy`
@@ -119,7 +119,8 @@ def score_documents(
 
     scores = [np.zeros(0)]
     texts = (text for batch in _read(rows, [column]) for text in batch[column])
-    with tqdm(total=_length(rows), desc=score, unit="doc", disable=not progress) as bar:
+    total = len(rows) if hasattr(rows, "__len__") else None
+    with tqdm(total=total, desc=score, unit="doc", disable=not progress) as bar:
         for batch in in_batches(texts):
             for start in range(0, len(batch), 128):
                 documents = encode_documents(tokenizer, batch[start : start + 128])
