@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from real_models import difference
-from tiny_transformers import TINY, make_config, make_dense
+from tiny_transformers import make_config, make_dense
 
 transformers = pytest.importorskip("transformers")
 
-from upcycling.hf.families import FAMILIES, REFUSED  # noqa: E402
-from upcycling.hf.families import more as more_families  # noqa: E402
-from upcycling.hf.families import rules as families  # noqa: E402
+from upcycling.hf.families import FAMILIES, REFUSED, more, rules  # noqa: E402
 from upcycling.hf.families.more import halves_to_paired, paired_to_halves  # noqa: E402
 from upcycling.hf.plan import plan  # noqa: E402
 from upcycling.hf.upcycle_pretrained import upcycle_pretrained  # noqa: E402
@@ -184,7 +182,7 @@ def test_glm4_moe_needs_two_experts():
     assert plan(make_config("ernie4_5"), 1, 1).target
 
 
-@pytest.mark.parametrize("kind", more_families.FAMILIES)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_in_bfloat16_the_moe_differs_as_little_as_rounding_does(kind):
     dense = make_dense(kind)
     exact = logits(dense)
@@ -195,6 +193,8 @@ def test_in_bfloat16_the_moe_differs_as_little_as_rounding_does(kind):
     assert difference(logits(dense).float(), logits(moe).float()) <= 3 * rounding
 
 
-def test_the_two_modules_share_no_family():
-    assert not set(families.FAMILIES) & set(more_families.FAMILIES)
-    assert set(more_families.FAMILIES) <= set(TINY)
+def test_what_is_a_familys_own_belongs_to_a_row_and_stands_once():
+    assert not set(rules.OWN) & set(more.OWN)
+    assert {*rules.OWN, *more.OWN} <= set(rules.ROWS) == set(FAMILIES)
+    with pytest.raises(AssertionError, match="cary is no step"):
+        rules.take_steps(None, {"cary": ["*"]})

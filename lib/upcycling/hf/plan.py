@@ -216,7 +216,7 @@ def plan(
     shown = {name: value for name, value in after.items() if name in _TRAPS or before.get(name) != value}
     for name in ("_name_or_path", "architectures", "model_type", "dtype", "transformers_version"):
         shown.pop(name, None)
-    notes = list(target.notes)
+    notes = [*target.moe.notes, *target.notes]
     notes += TRAINING_NOTES if target.moe.balance_loss else [NO_BALANCE_LOSS.format(target.moe.name)]
     if not all(fits_grouped_mm(t.shape, dtype) for t in tensors if t.kind in ("expert", "experts")):
         notes.append(

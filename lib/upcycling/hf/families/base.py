@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy as _copy
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -23,29 +25,22 @@ class Refusal(ValueError):
         self.reason, self.nearest = reason, nearest
 
 
+def table(name: str) -> Any:
+    """What stands in a JSON file beside this module."""
+    return json.loads(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
 def refuse(reason: str, nearest: str | None = None) -> NoReturn:
     raise Refusal(reason, nearest)
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
 
+_NAMES = table("fields.json")
 # What says where a checkpoint comes from, or serves other tasks: no forward pass of a language model reads it.
-INFORMATIONAL = {
-    *("_name_or_path", "name_or_path", "architectures", "model_type", "transformers_version", "auto_map"),
-    *("id2label", "label2id", "problem_type", "is_llama_config", "transformers.js_config", "unsloth_version"),
-    *("chunk_size_feed_forward", "pretraining_tp", "pruned_heads", "_attn_implementation_autoset"),
-}
-# Carried for every family: the same name and meaning in every class.
-COMMON = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings", "initializer_range", "dtype"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "use_cache", "return_dict"),
-    *("output_hidden_states", "output_attentions"),
-)
-# Carried for most decoder families.
-DECODER = (
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings"),
-    *("rms_norm_eps", "attention_dropout"),
-)
+INFORMATIONAL = _NAMES["informational"]
+COMMON = _NAMES["common"]  # carried for every family: the same name and meaning in every class
+DECODER = _NAMES["decoder"]  # carried for most decoder families
 _ABSENT = object()
 
 
@@ -103,10 +98,16 @@ class Fields:
             if name in self.values:
                 self.account[name] = f"left out: {because}"
 
-    def experts_width(self, width: int | None = None, also: str = "", **target: int) -> None:
-        """The dense FFN's width (or `width`) for the experts, and for what else has it in the target."""
-        self.replace("intermediate_size", "the experts' width" + also, **target)
-        self.set(intermediate_size=self["intermediate_size"] if width is None else width)
+    def experts_width(self, *names: str, width: int | None = None, also: str = "") -> None:
+        """The dense FFN's width (or `width`) becomes the target's fields `names`; `also` says whose it is, too."""
+        width = self["intermediate_size"] if width is None else width
+        self.replace("intermediate_size", "the experts' width" + also, **dict.fromkeys(names, width))
+
+    def head_dim(self) -> int:
+        """The width of a head, written out: the target's own default is another, or none."""
+        head_dim = self.get("head_dim", self["hidden_size"] // self["num_attention_heads"])
+        self.replace("head_dim", "carried", head_dim=head_dim)
+        return head_dim
 
     def set(self, **target: Any) -> None:
         """Fields of the target that the dense model does not have."""
@@ -222,6 +223,7 @@ class MoEClass:
     dense_layers: str | None = None
     read_by_getattr: tuple[str, ...] = ()  # fields that the class uses although its configuration does not declare them
     balance_loss: bool = True  # does the class add one to its loss?
+    notes: tuple[str, ...] = ()
     engines: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -8,14 +8,12 @@ comes closest, if anything.
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import MoEClass, Rule
+from .base import MoEClass, Rule, table
 
 
 def rows(*tensors: Tensor) -> Tensor:
@@ -30,10 +28,6 @@ def rows_transposed(*tensors: Tensor) -> Tensor:
 _TRANSFORMS = {"rows": rows, "rows_transposed": rows_transposed}
 
 
-def _table(name: str) -> Any:
-    return json.loads(files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
 def _rule(kind: str, sources: tuple[str, ...] = (), transform: str | None = None, value: float = 0.0) -> Rule:
     return Rule(kind, tuple(sources), None if transform is None else _TRANSFORMS[transform], value)
 
@@ -42,8 +36,8 @@ def _class(name: str, tensors: dict[str, dict], why: str = "", **fields: Any) ->
     return MoEClass(name, {tensor: _rule(**rule) for tensor, rule in tensors.items()}, **fields)
 
 
-CLASSES = {name: _class(name, **fields) for name, fields in _table("classes.json").items()}
+CLASSES = {name: _class(name, **fields) for name, fields in table("classes.json").items()}
 # model_type -> (why no stock class computes it, what comes closest, if anything)
 REFUSED: dict[str, tuple[str, str | None]] = {
-    kind: (row["reason"], row["nearest"]) for row in _table("refused.json") for kind in row["model_types"]
+    kind: (row["reason"], row["nearest"]) for row in table("refused.json") for kind in row["model_types"]
 }
