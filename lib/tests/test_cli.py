@@ -302,8 +302,8 @@ def test_inspect_without_or_with_a_damaged_receipt(moe, tmp_path, run):
 
 @pytest.mark.parametrize("spoil,message", [
     (lambda tensors, config: tensors.pop("model.layers.2.mlp.gate.weight"), "layers.2.mlp.gate.weight is missing"),
-    (lambda tensors, config: tensors.update(extra=torch.zeros(1)), "extra is unexpected"),
-    (lambda tensors, config: config.update(num_experts=3, num_local_experts=3), "is mismatched"),
+    (lambda tensors, config: tensors.update(extra=torch.zeros(1)), "extra is in the weights but no part of the model"),
+    (lambda tensors, config: config.update(num_experts=3, num_local_experts=3), "has another shape in the weights"),
     (lambda tensors, config: config.update(num_experts_per_tok=9), "the top 9 of 4 experts"),
     (lambda tensors, config: config.update(num_attention_heads=0), "moe"),
 ])  # fmt: skip
@@ -329,7 +329,7 @@ def test_inspect_prints_no_control_characters_of_others(moe, tmp_path, run):
     tensors = {"\x1b[2Jevil": torch.zeros(1), **load_file(moe / "model.safetensors")}
     save_file(tensors, tmp_path / "moe/model.safetensors", metadata={"format": "pt"})
     status, _, err = run("inspect", tmp_path / "moe", "--ids", "1,2,3")
-    assert status == 1 and r"\u{1B}[2Jevil is unexpected" in err
+    assert status == 1 and r"\u{1B}[2Jevil is in the weights but no part of the model" in err
 
 
 def test_inspect_reads_text_with_the_tokenizer(tmp_path, run):

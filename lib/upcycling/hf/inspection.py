@@ -16,7 +16,7 @@ from ..routing.load import LoadReport, load_report
 from ..routing.record import record_routing
 from .output.partial import RECEIPT
 from .receipt import SETTINGS
-from .sources import folder_tokenizer, in_bytes, naming, on_one_line, open_source, quiet, read_config
+from .sources import folder_tokenizer, in_bytes, load_dense, naming, on_one_line, open_source, read_config
 from .weight_files import WeightFiles, read_json
 
 if TYPE_CHECKING:
@@ -88,22 +88,14 @@ def collapse_check(folder: str | os.PathLike, config: PreTrainedConfig, ids: lis
     Raises ValueError for unknown ids, and for weights that do not fit the configuration: transformers would put random
     numbers where some are missing, and what such routers do says nothing.
     """
-    import transformers
-
     vocab = config.get_text_config().vocab_size
     outside = [i for i in ids if not 0 <= i < vocab]
     if outside or not ids:
         raise ValueError(
             f"token id {outside[0]} is not in 0..{vocab - 1}" if outside else "there are no tokens to route"
         )
-    with quiet(), naming(folder):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    for kind in ("missing", "mismatched", "unexpected"):
-        for found in sorted(report[f"{kind}_keys"], key=str):
-            name = found if isinstance(found, str) else found[0]
-            raise ValueError(f"{name} is {kind} in the weights of {folder}, by its config.json; download it again")
+    with naming(folder):
+        model = load_dense(folder)
     model.eval()
     window = min(WINDOW, context_length(config))
     with record_routing(model) as trace, torch.no_grad():

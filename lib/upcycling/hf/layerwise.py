@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.equivalence import TOLERANCE
 from ..routing.adapter import context_length
 from .receipt import SENTENCES, Receipt, settings_of, versions
-from .sources import folder_tokenizer, quiet
+from .sources import check_loading, folder_tokenizer, quiet
 from .weight_files import WeightFiles
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ def _one_layer_model(
             None, config=_one_layer_config(config, layer, len(kept)), state_dict=weights, dtype=torch.float32,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
-    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind]]
-    if wrong:
-        raise ValueError(f"layer {layer} in {files.folder} does not load: {wrong[0]} is missing or belongs nowhere")
+    check_loading(report, f"layer {layer} in {files.folder}")
     return model.eval()
 
 

@@ -179,10 +179,15 @@ def load_dense(folder: str | os.PathLike, dtype: torch.dtype | str = "auto") -> 
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
+    check_loading(loading, f"{type(model).__name__} of {folder}")
+    return model
+
+
+def check_loading(loading: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError naming a tensor that transformers reports not to fit the model `where`."""
     for kind, what in _WRONG.items():
         if wrong := sorted(entry if isinstance(entry, str) else entry[0] for entry in loading.get(kind, ())):
-            raise ValueError(f"{wrong[0]} {what}: {type(model).__name__} of {folder} ({len(wrong)} such tensors)")
-    return model
+            raise ValueError(f"{wrong[0]} {what}: {where} ({len(wrong)} such tensors)")
 
 
 # What transformers reports about loading -> what that means

@@ -13,7 +13,7 @@ from ..routing.hf_routers import check_model
 from .families.engine import hub_tensors
 from .plan import Plan, dtype_name, plan
 from .receipt import use_eager_if_needed
-from .sources import load_dense, quiet
+from .sources import check_loading, load_dense, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,9 +78,7 @@ def upcycle_pretrained(
             None, config=copy.deepcopy(carried_out.config), state_dict=made, dtype=carried_out.dtype,
             attn_implementation=dense.config._attn_implementation, output_loading_info=True,
         )  # fmt: skip
-    wrong = [name for names in loading.values() for name in names]
-    if wrong:
-        raise ValueError(f"transformers did not take {wrong[0]} into {carried_out.target} ({len(wrong)} such tensors)")
+    check_loading(loading, str(carried_out.target))
     use_eager_if_needed(moe)
     moe.generation_config = copy.deepcopy(dense.generation_config)
     return moe.to(dense.device).train(dense.training)

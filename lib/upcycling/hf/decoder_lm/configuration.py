@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ...core.config import ModelConfig, MoEConfig
@@ -10,29 +12,12 @@ from ...core.config import ModelConfig, MoEConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Their field -> ours, where the value is the same.
-_ALWAYS = {"vocab_size": "vocab_size", "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std"}
-_GPT2 = _ALWAYS | {
-    "n_positions": "seq_len", "n_embd": "d_model", "n_layer": "n_layers", "n_head": "n_heads", "n_inner": "d_ff",
-    "layer_norm_epsilon": "norm_eps",
-}  # fmt: skip
-_LLAMA = _ALWAYS | {
-    "max_position_embeddings": "seq_len", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
-}  # fmt: skip
+_TABLES = json.loads(files(__package__).joinpath("configuration.json").read_text(encoding="utf-8"))
+_GPT2, _LLAMA = ({**_TABLES["both"], **_TABLES[kind]} for kind in ("gpt2", "llama"))  # their field -> ours, same value
 KINDS = ("llama", "gpt2", "mixtral", "qwen2_moe")  # transformers' model types
 _GPT2_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _GPT2_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 _ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-
-# Fields of a transformers configuration that do not change the logits.
-_HARMLESS = {
-    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "problem_type"),
-    *("id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
-    *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward", "pretraining_tp"),
-    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
-    "reorder_and_upcast_attn",  # GPT-2: the same scores, in float32 also where the model is not
-}
 
 # ---------------------------------------------------------------------------------------------------- ours to theirs
 
@@ -52,71 +37,29 @@ def kind_of(config: ModelConfig) -> str:
 
 def _refusals(config: ModelConfig) -> Iterator[str]:
     """Every setting that no class expresses, with the remedy."""
+    moe, rule = config.moe, config.moe.router if config.moe else None
     shape, activation = (config.norm, config.position), config.activation
     llama = shape == ("rmsnorm", "rope") and activation == "swiglu"
     gpt2 = shape == ("layernorm", "learned") and activation != "swiglu"
-    if not config.causal:
-        yield "causal=False has no standard class, they are all causal; build the model with causal=True"
-    if config.head_bias:
-        yield (
-            "head_bias=True: no standard class has a bias in its head; train with head_bias=False, which GPT-2's class "
-            "expresses, also with activation='relu'"
-        )
-    if not llama and not gpt2:
-        yield (
-            f"norm={config.norm!r}, position={config.position!r}, activation={activation!r} is no standard class's "
-            "combination; nearest are ModelConfig.smol (rmsnorm, rope, swiglu: Llama) and ModelConfig.simple "
-            "(layernorm, learned, gelu or relu: GPT-2)"
-        )
-    if config.moe and gpt2:
-        yield (
-            f"activation={activation!r}: no standard class has experts without a gate; upcycle a ModelConfig.smol "
-            "model, which becomes a Mixtral"
-        )
-    if gpt2 and config.kv_heads != config.n_heads:
-        yield (
-            f"n_kv_heads={config.n_kv_heads}: GPT-2 has one key/value head for each query head; use ModelConfig.smol "
-            f"or n_kv_heads={config.n_heads}"
-        )
-    if llama and config.dropout:
-        yield (
-            f"dropout={config.dropout}: Llama and Mixtral have none beside attention's; give the weights to "
-            "DecoderLM(replace(config, dropout=0.0)), which computes the same in evaluation"
-        )
-    if config.moe:
-        yield from _moe_refusals(config, config.moe)
-
-
-def _moe_refusals(config: ModelConfig, moe: MoEConfig) -> Iterator[str]:
-    rule = moe.router
-    if rule is not None and not (rule.kind == "top_k" and (rule.softmax_first or moe.renormalize)):
-        yield (
-            f"router={rule}: Mixtral and Qwen2-MoE know softmax top-k alone; use router=None, or 'top_k' with "
-            "renormalize=True"
-        )
-    if moe.shared_experts:
-        yield f"shared_experts={moe.shared_experts}: Mixtral has none, Qwen2-MoE's stands behind a gate; use 0"
-    if moe.capacity_factor is not None:
-        yield (
-            f"capacity_factor={moe.capacity_factor}: no standard class drops tokens; give the weights to a model with "
-            "capacity_factor=None"
-        )
-    if moe.logit_norm is not None:
-        yield f"logit_norm={moe.logit_norm}: no standard class standardises its router's scores; use None"
-    if moe.noisy:
-        yield (
-            "noisy=True: no standard class has a noisy router; in evaluation noise is off, so give the weights without "
-            "the `noise` ones to a model with noisy=False"
-        )
-    if moe.router_bias:
-        yield (
-            "router_bias=True: Mixtral's and Qwen2-MoE's routers have no bias (GptOss has one, with an activation that "
-            "engines fix otherwise); train with router_bias=False"
-        )
-    if config.ffn_bias:
-        yield "ffn_bias=True: Mixtral's and Qwen2-MoE's experts have no bias; use ffn_bias=False"
-    if config.attention_out_bias:
-        yield "attention_out_bias=True: neither Mixtral nor Qwen2-MoE has it; use attention_out_bias=False"
+    found = {
+        "causal": not config.causal,
+        "head_bias": config.head_bias,
+        "combination": not llama and not gpt2,
+        "gate": moe and gpt2,
+        "kv_heads": gpt2 and config.kv_heads != config.n_heads,
+        "dropout": llama and config.dropout,
+        "router": moe and rule and not (rule.kind == "top_k" and (rule.softmax_first or moe.renormalize)),
+        "shared_experts": moe and moe.shared_experts,
+        "capacity_factor": moe and moe.capacity_factor is not None,
+        "logit_norm": moe and moe.logit_norm is not None,
+        "noisy": moe and moe.noisy,
+        "router_bias": moe and moe.router_bias,
+        "ffn_bias": moe and config.ffn_bias,
+        "attention_out_bias": moe and config.attention_out_bias,
+    }
+    for name, refused in found.items():
+        if refused:
+            yield _TABLES["refusals"][name].format(config=config, moe=moe)
 
 
 def to_settings(config: ModelConfig, kind: str) -> dict[str, Any]:
@@ -179,7 +122,7 @@ def from_config(config: PreTrainedConfig) -> ModelConfig:
         )
     fields.require("is_encoder_decoder", False)
     sizes = _from_gpt2(fields) if kind == "gpt2" else _from_llama(kind, fields)
-    for name in sorted(set(fields) - _HARMLESS):
+    for name in sorted(set(fields).difference(_TABLES["harmless"])):
         raise ValueError(
             f"{name}={fields[name]!r} is a field that from_hf does not know for {kind}, and it could change the "
             "model's function; remove it from the configuration if it does not"
