@@ -37,12 +37,6 @@ class Shape:
         return f"{ffn}, {self.experts} experts top-{self.top_k}, {self.tokens:,} token{'s' * (self.tokens > 1)}"
 
     @property
-    def gigaflops(self) -> float:
-        """Of the matrix products of one forward and backward pass."""
-        matrices = 3 if self.activation == "swiglu" else 2
-        return 6e-9 * matrices * self.tokens * self.top_k * self.d * self.f
-
-    @property
     def weight_bytes(self) -> int:
         """Of all experts, in float32."""
         return 4 * (3 if self.activation == "swiglu" else 2) * self.experts * self.d * self.f
@@ -87,7 +81,8 @@ def _training(bench: Bench, shape: Shape) -> list[Comparison]:
     functions = {name: forward_and_backward(layer, inputs) for name, layer in layers.items()}
     functions[FLOOR] = products(shape, bench.device)
     functions.pop(BATCHED)  # copies the weights for each row: gigabytes
-    rounds = max(4, bench.rounds // 3) if shape.gigaflops > 40 else None
+    gigaflops = 6e-9 * shape.tokens * shape.top_k * shape.weight_bytes / (4 * shape.experts)
+    rounds = max(4, bench.rounds // 3) if gigaflops > 40 else None
     seconds = bench.times(functions, rounds, warm_up=None if bench.quick else 5)  # each batch is a new one
     many = shape.tokens * shape.top_k / shape.experts >= 500
     as_dense = dict(at_most=1.06 if many else 1.20)
@@ -217,17 +212,16 @@ class _Transformers(nn.Module):
         self.router = MixtralTopKRouter(mixtral)
         self.router.weight = layer.router.weight
         up_EFD, down_EDF, gate_EFD = layer.experts.w_up_EFD, layer.experts.w_down_EDF, layer.experts.w_gate_EFD
+        nemotron = NemotronHConfig(
+            hidden_size=shape.d, moe_intermediate_size=shape.f, n_routed_experts=shape.experts, mlp_hidden_act="gelu",
+            moe_latent_size=None,
+        )  # fmt: skip
+        mixtral._experts_implementation = nemotron._experts_implementation = implementation
         if shape.activation == "swiglu":
-            mixtral._experts_implementation = implementation
             self.experts = MixtralExperts(mixtral)
             self.experts.gate_up_proj = nn.Parameter(torch.cat([gate_EFD.detach(), up_EFD.detach()], dim=1))
         else:
-            config = NemotronHConfig(
-                hidden_size=shape.d, moe_intermediate_size=shape.f, n_routed_experts=shape.experts,
-                mlp_hidden_act="gelu", moe_latent_size=None,
-            )  # fmt: skip
-            config._experts_implementation = implementation
-            self.experts = NemotronHExperts(config)
+            self.experts = NemotronHExperts(nemotron)
             self.experts.up_proj = nn.Parameter(up_EFD.detach().clone())
         self.experts.down_proj = nn.Parameter(down_EDF.detach().clone())
 
@@ -258,11 +252,9 @@ def candidates(shape: Shape, device: str) -> dict[str, nn.Module]:
 
 def products(shape: Shape, device: str):
     """A function that does the matrix products of a forward and backward pass, by the faster way, nothing else."""
-    rows = shape.tokens * shape.top_k
-    ins = [shape.d] * (2 if shape.activation == "swiglu" else 1) + [shape.f]
-    outs = [shape.f] * (2 if shape.activation == "swiglu" else 1) + [shape.d]
-    matrices = []
-    for i, o in zip(ins, outs):
+    rows, matrices = shape.tokens * shape.top_k, []
+    up, down = (shape.d, shape.f), (shape.f, shape.d)
+    for i, o in (up, up, down) if shape.activation == "swiglu" else (up, down):
         x, y, w = (torch.randn(size, device=device) for size in ((rows, i), (rows, o), (o, i)))
         matrices.append((x, y, w, torch.empty_like(x), torch.empty_like(y), torch.empty_like(w)))
     by_onednn = fits(x, w) and ONEDNN.taken()

@@ -23,11 +23,10 @@ def compare(bench: Bench) -> list[Comparison]:
     """
     by_tokens = _seconds(bench, {n: replace(A, tokens=n) for n in TOKENS})
     by_experts = _seconds(bench, {e: replace(A, experts=e, tokens=TOKENS[-1]) for e in EXPERTS})
+    setting = f"{A.activation} d {A.d} ff {A.f}, 8 experts top-2, tokens {TOKENS}"
     return [
-        _exponent(
-            bench, f"{A.activation} d {A.d} ff {A.f}, 8 experts top-2, tokens {TOKENS}", "tokens", by_tokens, 1.1
-        ),
-        _exponent(bench, f"the same, {TOKENS[-1]:,} tokens, experts {EXPERTS}", "experts", by_experts, 0.15),
+        _exponent(setting, "tokens", by_tokens, 1.1),
+        _exponent(f"the same, {TOKENS[-1]:,} tokens, experts {EXPERTS}", "experts", by_experts, 0.15),
     ]
 
 
@@ -57,7 +56,7 @@ def exponent(seconds: dict[int, float]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def _exponent(bench: Bench, setting: str, what: str, seconds: dict[int, list[float]], goal: float) -> Comparison:
+def _exponent(setting: str, what: str, seconds: dict[int, list[float]], goal: float) -> Comparison:
     rounds = len(next(iter(seconds.values())))
     slopes = [exponent({size: values[r] for size, values in seconds.items()}) for r in range(rounds)]
     lower, middle, upper = statistics.quantiles(slopes, n=4, method="inclusive")

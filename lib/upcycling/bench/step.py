@@ -46,12 +46,6 @@ def _compiled(bench: Bench, model: DecoderLM) -> dict[str, DecoderLM]:
     return {COMPILED: twin}
 
 
-def _setting(config: ModelConfig) -> str:
-    model = DecoderLM(config)
-    size = f"{model.num_parameters() / 1e6:.1f}M parameters, {model.num_parameters(active=True) / 1e6:.1f}M active"
-    return f"training step, {size}, {BATCH} x {config.seq_len} tokens"
-
-
 def _dense(bench: Bench, rounds: int) -> list[Comparison]:
     ours = DecoderLM(SHAPE).to(bench.device)
     gpt = NanoGPT(SHAPE, d_ff=SHAPE.d_ff * 3 // 2).to(bench.device)  # two matrices of 1.5 times the width: equal FLOPs
@@ -76,7 +70,8 @@ def _moe(bench: Bench, rounds: int) -> list[Comparison]:
 
 
 def _lines(config: ModelConfig, seconds, goals: dict[str, dict], goals_compiled: dict[str, dict]) -> list[Comparison]:
-    setting = _setting(config)
+    whole, active = (DecoderLM(config).num_parameters(active) / 1e6 for active in (False, True))
+    setting = f"training step, {whole:.1f}M parameters, {active:.1f}M active, {BATCH} x {config.seq_len} tokens"
     lines = [compared("step", setting, seconds, "ours", peer, **goal) for peer, goal in goals.items()]
     if COMPILED in seconds:
         peers = goals_compiled or {"ours": dict(speed=True)}

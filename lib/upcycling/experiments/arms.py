@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..core import routers
 from ..core.config import MoEConfig
+from ..core.initialisation import Drop
 from .presets import Preset
 
 
@@ -45,8 +47,6 @@ def upcycling_arms(preset: Preset) -> list[Arm]:
 
 def pooling_arms(preset: Preset) -> list[Arm]:
     """Notebook 06: how much of "naive upcycling is bad" is the balance loss that pools the layers?"""
-    from ..core.initialisation import Drop
-
     layer, pooled = replace(preset.moe, balance="layer"), replace(preset.moe, balance="pooled")
     return [
         DENSE,
@@ -59,7 +59,6 @@ def pooling_arms(preset: Preset) -> list[Arm]:
 
 def router_arms(preset: Preset) -> list[Arm]:
     """Notebook 06: the same copies under every rule, one thing changed at a time."""
-    from ..core import routers
 
     def changed(name: str, **fields) -> Arm:
         return Arm(name, replace(preset.moe, **fields))

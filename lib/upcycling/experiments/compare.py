@@ -27,14 +27,12 @@ from ..routing.metrics import domain_divergence, max_over_mean
 from .arms import Arm
 from .budgets import BUDGETS, SHARED_WITHIN, costs, updates_per_budget
 from .presets import Preset
-from .results import losses, margin, overview, summarize, table
+from .results import overview, table
 from .series import Series, load_series
 from .store import begin, save, setting
 from .workers import finished, torch_threads
 
-__all__ = [
-    "BUDGETS", "Arm", "compare", "describe", "losses", "margin", "overview", "run_arm", "setting", "summarize", "table",
-]  # fmt: skip
+__all__ = ["BUDGETS", "Arm", "compare", "describe", "overview", "run_arm", "setting", "table"]
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ from ..core.model import DecoderLM
 from ..core.transfer import initialisation, upcycle
 from ..environment import project_folder
 from ..routing.snapshots import RoutingSnapshots
+from ..text.corpus import entropy_floor, has_floor, load_corpus
+from ..text.stream import TokenStream
+from ..text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.records import TrainResult
@@ -65,8 +68,6 @@ class Series:
     @cached_property
     def corpus(self):
         """The corpus as a DatasetDict with "train" and "validation"."""
-        from ..text.corpus import load_corpus
-
         documents = self.preset.documents if self.corpus_name == self.preset.corpus else None
         folder = artifacts_dir() / "corpus"
         return load_corpus(_resolve(self.corpus_name), documents=documents, validation_fraction=0.02, cache_dir=folder)
@@ -74,8 +75,6 @@ class Series:
     @cached_property
     def tokenizer(self):
         """The preset's tokenizer: GPT-2's, or a BPE trained on the training split."""
-        from ..text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-
         if self.preset.tokenizer != "train":
             return load_tokenizer(os.environ.get("UPCYCLING_TOKENIZER", self.preset.tokenizer))
         training_rows = self.corpus["train"]
@@ -95,22 +94,16 @@ class Series:
         return self._stream("validation")
 
     def _stream(self, split: str):
-        from ..text.stream import TokenStream
-
         return TokenStream.build(self.corpus[split], self.tokenizer, artifacts_dir() / "streams")
 
     @cached_property
     def floor(self):
         """The validation split's entropy floor (nats per token, overall and per domain), or None if it is not known."""
-        from ..text.corpus import entropy_floor, has_floor
-
         rows = self.corpus["validation"]
         return entropy_floor(rows, self.validation_stream.document_lengths) if has_floor(rows) else None
 
     def domain_streams(self) -> dict:
         """A validation stream for each domain, for losses per domain; empty where the corpus has no domains."""
-        from ..text.stream import TokenStream
-
         rows = self.corpus["validation"]
         if "domain" not in rows.column_names:
             return {}
@@ -123,10 +116,8 @@ class Series:
 
         They follow each other without overlap, so that means over them have honest errors; the last may be padded.
         """
-        context = self.preset.model.seq_len
-        return {
-            name: next(stream.windows(count or len(stream), context)) for name, stream in self.domain_streams().items()
-        }
+        streams, context = self.domain_streams(), self.preset.model.seq_len
+        return {name: next(stream.windows(count or len(stream), context)) for name, stream in streams.items()}
 
     def probe(self) -> tuple[torch.Tensor, list[str]]:
         """Some fixed windows of the validation split, for looking at: (tokens_BT, the domain of each window).
