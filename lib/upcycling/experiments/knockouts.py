@@ -43,7 +43,7 @@ def main_experts(share_LCE: Tensor) -> Tensor:
     return (share_LCE - others_LCE).argmax(-1)
 
 
-def study(series: Series, seed: int, windows: int | None = None, progress: bool = True) -> dict:
+def study(series: Series, seed: int, windows: int | None = None) -> dict:
     """Everything about one seed's MoE, as lists and numbers; `windows` limits the windows per domain.
 
     Raises ValueError for a corpus without domains.
@@ -51,8 +51,8 @@ def study(series: Series, seed: int, windows: int | None = None, progress: bool 
     windows_by_domain = series.domain_windows(windows)
     if len(windows_by_domain) < 2:
         raise ValueError(f"corpus {series.name!r} has no domains to compare; use worlds, or one with a column 'domain'")
-    model, result = series.moe(seed, progress=progress, verbose=False)
-    costs = knockout(model, windows_by_domain, progress=progress)
+    model, result = series.moe(seed, verbose=False)
+    costs = knockout(model, windows_by_domain)
     layers, num_experts, num_domains = costs.layers, len(costs.experts), len(costs.domains)
 
     with record_routing(model) as trace:
@@ -73,7 +73,7 @@ def study(series: Series, seed: int, windows: int | None = None, progress: bool 
     share_LCE = domain_specialization(expert_ids_LNK, labels_N, num_experts)
     expert_LC = main_experts(share_LCE)
     random_RL = np.random.default_rng(0).integers(num_experts, size=(RANDOM_DRAWS, len(layers)))
-    seen = series.moe_snapshots(seed, progress=progress, verbose=False)
+    seen = series.moe_snapshots(seed, verbose=False)
     return {
         "seed": seed,
         "val_loss": result.final_loss,
@@ -116,15 +116,13 @@ def _baseline(chance: Baseline) -> dict:
     return {"mean": _round(chance.mean), "spread": _round(chance.standard_deviation)}
 
 
-def measure(
-    series: Series, seeds: Iterable[int], windows: int | None = None, *, out: Path | None = None, progress: bool = True
-) -> dict:
+def measure(series: Series, seeds: Iterable[int], windows: int | None = None, *, out: Path | None = None) -> dict:
     """`study` of each seed, with date and setting; written to `out` after each; the seeds already there are kept."""
     result = begin(series, out, "seeds", windows=windows)
     with torch_threads():
         for seed in seeds:
             if seed not in [one["seed"] for one in result["seeds"]]:
-                result["seeds"].append(study(series, seed, windows, progress))
+                result["seeds"].append(study(series, seed, windows))
                 save(result, out)
     return result
 

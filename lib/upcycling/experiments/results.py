@@ -9,6 +9,14 @@ from ..tables import Table
 from .arms import DENSE
 from .budgets import BUDGETS
 
+_ROUTING = {  # column -> entry of a row, what becomes of its layers, format
+    "max load": ("max_load", max, ".2f"),
+    "dead": ("dead_experts", sum, ".1f"),
+    "JSD": ("jsd", statistics.mean, ".3f"),
+    "experts": ("experts_per_token", statistics.mean, ".2f"),
+    "dropped": ("dropped", statistics.mean, ".1%"),
+}
+
 
 def values(result: dict, arm: str, measure: str = "val_loss", budget: str | None = None) -> dict[int, float]:
     """{seed: value} of one arm (at one budget); `measure` is an entry of its rows, or a domain: its loss there."""
@@ -105,7 +113,7 @@ def overview(result: dict) -> str:
             line[f"{row['budget']}: from dense"] = plus_minus(row["difference"], row["paired_spread"], "+")
     for arm, line in lines.items():
         line |= _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])])
-    columns = [name for name in [*columns, *_routing_cells([])] if any(line.get(name) for line in lines.values())]
+    columns = [name for name in [*columns, *_ROUTING] if any(line.get(name) for line in lines.values())]
     text = Table(lines.values(), columns).markdown()
     if "shared_within" in result and len(budgets) > 1:
         text += f"\n\nBudgets whose updates differ by no more than {result['shared_within']:.0%} share one run."
@@ -121,16 +129,8 @@ def plus_minus(mean: float, spread: float, sign: str = "") -> str:
 
 def _routing_cells(rows: Sequence[dict]) -> dict[str, str]:
     """The routing columns of `overview`: means over `rows`, empty where they are not known."""
-
-    def cell(name, over_layers, style):
+    cells = {}
+    for column, (name, over_layers, style) in _ROUTING.items():
         values = [over_layers(row[name]) for row in rows if row.get(name) and None not in row[name]]
-        return format(statistics.mean(values), style) if values else ""
-
-    mean = statistics.mean
-    return {
-        "max load": cell("max_load", max, ".2f"),
-        "dead": cell("dead_experts", sum, ".1f"),
-        "JSD": cell("jsd", mean, ".3f"),
-        "experts": cell("experts_per_token", mean, ".2f"),
-        "dropped": cell("dropped", mean, ".1%"),
-    }
+        cells[column] = format(statistics.mean(values), style) if values else ""
+    return cells
