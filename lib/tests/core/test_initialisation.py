@@ -161,6 +161,8 @@ def test_drop_redraws_as_few_as_one_unit():
     for fraction, units in ((1 / 24, 1), (0.01, 0)):
         for changed_EF in changed_units(dense, upcycle(dense, MoEConfig(num_experts=4), init=Drop(fraction))):
             assert (changed_EF.sum(1) == units).all()
+    biased = experts_of(upcycle(make_dense("simple"), MoEConfig(num_experts=4), init=Drop(1 / 24)))
+    assert biased.b_up_EF.isfinite().all(), "a unit has one bias: their spread is 0"
 
 
 def test_drop_redraws_the_biases_of_its_units():
@@ -352,6 +354,13 @@ def test_identical_parents_are_one(init):
     merged = upcycle([dense, dense, dense], moe, init=init)
     assert distance(dense, merged) < 1e-5
     assert torch.equal(merged.token_embedding.weight, dense.token_embedding.weight)
+
+
+def test_two_parents_take_turns():
+    parents = [make_dense(seed=seed) for seed in (0, 1)]
+    experts = experts_of(upcycle(parents, MoEConfig(num_experts=4, top_k=2)))
+    for e in range(4):
+        assert torch.equal(experts.w_up_EFD[e], parents[e % 2].blocks[0].ffn.up.weight)
 
 
 def test_experts_of_several_parents():
