@@ -149,7 +149,7 @@ def activate_backward(name: str, dact_BF: Tensor, up_BF: Tensor) -> Tensor:
 
 
 class _Raced(SimpleNamespace):
-    """Eight GELU experts with the interface of `core.experts.Experts`, for the races."""
+    """GELU experts with the interface of `core.experts.Experts`, for the races."""
 
     def activate(self, up, gate):
         return F.gelu(up)
@@ -167,15 +167,13 @@ class _Raced(SimpleNamespace):
         return torch.cat([F.gelu(x @ up.t()) @ down.t() for x, up, down in parts])
 
 
-def _raced(rows: int, training: bool):
+def _raced(counts: list[int], d: int, f: int, training: bool):
     if private.linear_pointwise is None and training:
         raise RuntimeError("this torch has no oneDNN product for plain tensors")
     none = dict.fromkeys(("w_gate_EFD", "b_up_EF", "b_gate_EF", "b_down_ED"))
-    up_EFD, down_EDF = torch.randn(8, 512, 256), torch.randn(8, 256, 512)
-    if training:
-        up_EFD, down_EDF = torch.nn.Parameter(up_EFD), torch.nn.Parameter(down_EDF)
+    up_EFD, down_EDF = (torch.randn(len(counts), *size, requires_grad=training) for size in ((f, d), (d, f)))
     experts = _Raced(activation="gelu", w_up_EFD=up_EFD, w_down_EDF=down_EDF, **none)
-    x_RD, counts_E = torch.randn(8 * rows, 256), torch.full((8,), rows)
+    x_RD, counts_E = torch.randn(sum(counts), d, requires_grad=training), torch.tensor(counts)
 
     def forward(compute):
         with torch.no_grad():
@@ -183,11 +181,12 @@ def _raced(rows: int, training: bool):
 
     def both(compute):
         compute(x_RD, counts_E).square().sum().backward()
-        up_EFD.grad = down_EDF.grad = None
+        x_RD.grad = up_EFD.grad = down_EDF.grad = None
 
     run, ours = (both, _by_onednn) if training else (forward, _one_product_each)
     return lambda: run(lambda *rows: ours(experts, *rows)), lambda: run(experts.plain)
 
 
-MANY = Kernel("experts one after the other", lambda: _raced(64, training=True))
-FEW = Kernel("experts of a few rows", lambda: _raced(2, training=False))
+MANY = Kernel("experts one after the other", lambda: _raced([128] * 4, 512, 1024, training=True))
+# the weights are 32 MiB: from memory, as in use
+FEW = Kernel("experts of a few rows", lambda: _raced([1, 2, 3, 4, 1, 2, 2, 1], 512, 1024, training=False))
