@@ -33,7 +33,7 @@ class MoEConfig:
     `router_std` is the standard deviation of the router's initial weights (0 gives the zero router, a lesson in
     itself). `aux_weight` and `z_weight` multiply the sums over layers of the balance and z losses in the objective.
 
-    `router` is the rule that turns scores into choices, one of `upcycling.routers` (an instance, or its name for the
+    `router` is the rule that turns scores into choices, one of `core.routers` (an instance, or its name for the
     defaults); None is softmax, then the `top_k` most probable. `balance` says which balance loss `aux_weight` weighs:
     "layer" (each layer's own), "pooled" (all layers' choices counted together, as transformers does), "sequence" (each
     sequence's own) or "importance" (the squared coefficient of variation of the experts' total weights).

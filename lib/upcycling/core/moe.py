@@ -93,7 +93,7 @@ class MoELayer(nn.Module):
         self.noise = nn.Linear(config.d_model, moe.num_experts, bias=moe.router_bias) if moe.noisy else None
         self.experts = Experts(config)
         self.shared = Experts(config, 1, config.shared_width) if moe.shared_experts else None
-        self.rule_state = nn.Module()  # what a rule of upcycling.routers remembers between updates
+        self.rule_state = nn.Module()  # what a rule of core.routers remembers between updates
         if moe.router is not None:
             for name, tensor in moe.router.buffers(moe.num_experts, moe.top_k, config.vocab_size).items():
                 self.rule_state.register_buffer(name, tensor)

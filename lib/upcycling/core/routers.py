@@ -2,7 +2,7 @@
 
     MoEConfig(num_experts=16, top_k=2, router=TopP(threshold=0.6))      # or router="top_p" for the defaults
 
-The default, `MoEConfig(router=None)`, is softmax, then the `top_k` most probable (`upcycling.moe.route`). Learned noise
+The default, `MoEConfig(router=None)`, is softmax, then the `top_k` most probable (`core.routing.route`). Learned noise
 (`noisy`), jitter, expert dropout, standardised scores, capacity and shared experts are fields of `MoEConfig` that go
 with any rule.
 

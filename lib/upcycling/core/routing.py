@@ -86,7 +86,7 @@ def refuse_varying_choices(routing: Routing) -> None:
     if made_NK is not None and not made_NK.all():
         raise ValueError(
             "this routing rule gives tokens different numbers of experts, and what is recorded holds K for each; count "
-            "them with upcycling.moe.expert_counts(routing) for each of model(tokens_BT).routings, or use "
+            "them with upcycling.core.routing.expert_counts(routing) for each of model(tokens_BT).routings, or use "
             "evaluate_routing (a straight-through router: record it in evaluation mode)"
         )
 

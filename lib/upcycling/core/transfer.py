@@ -32,7 +32,7 @@ def upcycle(
 
     With `init="copy"` and `moe.renormalize` the outputs are those of `dense` up to rounding, for any router
     (Sparse Upcycling, Komatsuzaki et al. 2022, section 3; renormalised as there for vision). `moe.layers` picks the
-    layers; the others stay dense. `init` is a name or an instance from `upcycling.initialisation`, which says which of
+    layers; the others stay dense. `init` is a name or an instance from `core.initialisation`, which says which of
     them keep the outputs. `seed` draws the routers, and what `init` draws, and does not touch torch's global random
     state.
 

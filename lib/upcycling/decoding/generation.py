@@ -8,7 +8,7 @@ All rows of a batch stand at the same position: decoding begins at the end of th
 one still has tokens of its own, those are taken in place of the chosen ones (as Meta's first Llama code does it). So
 there is no padding that attention, positions, routers or a repetition penalty would have to look away from; the price
 is one step for each token that the longest prompt has more than the shortest. A batch of one on a CPU takes the
-quicker way of `upcycling.decode`.
+quicker way of `upcycling.decoding.decode`.
 
 Shapes: B rows (prompts times samples), T tokens, V vocabulary.
 """

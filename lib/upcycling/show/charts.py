@@ -142,7 +142,7 @@ def _log_and_linear(left: Mapping, right: Mapping, x_labels: Sequence, y_labels:
 def plot_memory_and_flops(accounts: Mapping, title: str = "") -> Figure:
     """The twins side by side: memory of a training update by what it holds, and FLOPs of it.
 
-    `accounts` are those of `upcycling.accounting.account`, by name; memory is in MiB.
+    `accounts` are those of `upcycling.account`, by name; memory is in MiB.
     """
     parts = {"weights": "weights", "gradients": "gradients", "AdamW": "optimizer", "activations": "activations"}
     memory = {name: [(getattr(a, part) or 0) / 2**20 for a in accounts.values()] for name, part in parts.items()}
