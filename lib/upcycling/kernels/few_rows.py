@@ -69,18 +69,13 @@ def few_rows_linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = Non
 
 def faster_one_token(experts, x_ND: Tensor, routing) -> Tensor | None:
     """y_1D of a single token, as in generation, without gradients: its K experts, nothing to sort; else None."""
-    weight_EFD = experts.w_up_EFD
-    if len(x_ND) != 1 or x_ND.device.type != "cpu" or routing.kept_NK is not None or torch.is_grad_enabled():
-        return None
-    if not x_ND.dtype == weight_EFD.dtype == torch.float32 or torch.is_autocast_enabled("cpu") or not ONE_ROW.taken():
+    plain = x_ND.device.type != "cpu" or torch.is_autocast_enabled("cpu") or routing.kept_NK is not None
+    if len(x_ND) != 1 or plain or torch.is_grad_enabled():
         return None
 
     def product(x_1I, weight_OI, bias_O):
-        y_1O = dots(weight_OI, x_1I)
-        return y_1O if bias_O is None else y_1O + bias_O
+        y_1O = few_rows_linear(x_1I, weight_OI, bias_O) if x_1I.dtype == torch.float32 else None
+        return F.linear(x_1I, weight_OI, bias_O) if y_1O is None else y_1O
 
-    chosen = routing.expert_ids_NK[0].tolist()
-    y_KD = torch.cat([experts.expert(e, x_ND, product) for e in chosen])
-    matrices = 2 if experts.w_gate_EFD is None else 3
-    computed(y_KD, 2 * matrices * len(chosen) * weight_EFD[0].numel())
+    y_KD = torch.cat([experts.expert(e, x_ND, product) for e in routing.expert_ids_NK[0].tolist()])
     return routing.weights_NK.to(y_KD.dtype) @ y_KD
