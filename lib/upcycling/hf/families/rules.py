@@ -180,6 +180,5 @@ def lfm2(fields: Fields, target: Target) -> Target:
     return target
 
 
-OWN: dict[str, Own] = {function.__name__: function for function in (llama, mistral, qwen3, olmo3, cohere, lfm2)} | {
-    "gemma4_text": gemma4
-}
+OWN: dict[str, Own] = {function.__name__: function for function in (llama, mistral, qwen3, olmo3, cohere, lfm2)}
+OWN["gemma4_text"] = gemma4
