@@ -15,7 +15,7 @@ from ..routing.hf_routers import find_routers
 from ..routing.load import LoadReport, load_report
 from ..routing.record import record_routing
 from .output.partial import RECEIPT
-from .receipt import SETTINGS
+from .receipt import PROBES, SETTINGS
 from .sources import folder_tokenizer, in_bytes, load_dense, naming, on_one_line, open_source, read_config
 from .weight_files import WeightFiles, read_json
 
@@ -23,14 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Shown to a model when no text is given: a few kinds of text, so that a router has something to tell apart.
-DEFAULT_TEXT = (
-    "Once upon a time there was a little girl who loved to play outside. One day she found a shiny red ball. "
-    '"Whose ball is this?" she asked. Her brother laughed and said that it was his, but that she could keep it.\n'
-    "def mean(values):\n    return sum(values) / len(values) if values else 0.0\n"
-    "The capital of France is Paris; about 2,100,000 people live there. 12 + 30 = 42, and 7 * 8 = 56.\n"
-    "Water boils at 100 degrees Celsius at sea level, and at a lower temperature on a mountain, because the pressure "
-    "of the air falls with the height. That is why rice takes longer to cook in a hut than at the coast.\n"
-)
+DEFAULT_TEXT = "".join(PROBES["default_text"])
 WINDOW = 512  # tokens that are routed at once
 
 

@@ -10,10 +10,12 @@ import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core.equivalence import TOLERANCE
 from ..core.model import evaluating
@@ -24,24 +26,9 @@ from ..tables import Table
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SENTENCES = (
-    "Once upon a time, there was a little girl who lived in a small house near the forest.",
-    "The river runs 120 km from the mountains to the sea; nobody has ever measured it twice.",
-    "def add(a, b):\n    return a + b\n",
-    "What do you think: is it better to be early, or to be right?",
-)
-SETTINGS = (
-    *("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
-    *("intermediate_size", "mlp_only_layers", "mlp_layer_types", "rope_parameters", "head_dim", "sliding_window"),
-    *(
-        "layer_types",
-        "max_position_embeddings",
-        "attention_bias",
-        "tie_word_embeddings",
-        "output_router_logits",
-        "dtype",
-    ),
-)
+PROBES = json.loads(files(__package__).joinpath("probes.json").read_text(encoding="utf-8"))
+SENTENCES = PROBES["sentences"]  # real text that a receipt compares logits on
+SETTINGS = PROBES["settings"]  # fields of an MoE's configuration that a receipt shows
 _VERSIONS = ("torch", "transformers", "safetensors", "tokenizers", "upcycling")
 
 
@@ -246,12 +233,13 @@ def _cached_logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 def _pad(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
     """(ids, attention mask) of sequences padded with id 0 on one side."""
-    longest = max(map(len, sequences))
-    ids_BT = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, ids in enumerate(sequences):
-        where = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
-        ids_BT[row, where], mask_BT[row, where] = torch.tensor(ids), 1
+    ids_BT, mask_BT = (
+        pad_sequence(rows, batch_first=True, padding_side=side)
+        for rows in (
+            [torch.tensor(ids, dtype=torch.long) for ids in sequences],
+            [torch.ones(len(ids)).long() for ids in sequences],
+        )
+    )
     return ids_BT, mask_BT
 
 
