@@ -15,6 +15,8 @@ from upcycling.core.routers import ROUTERS, TopP
 from upcycling.decoding.decode import Decoder, can_decode
 from upcycling.decoding.generation import generate
 from upcycling.hf.decoder_lm import to_hf
+from upcycling.kernels import choice
+from upcycling.kernels.few_rows import ONE_ROW
 from upcycling.routing.intervention import intervene
 
 SIZES = dict(vocab_size=29, d_model=16, n_layers=2, n_heads=4, d_ff=24, seq_len=24)
@@ -201,7 +203,9 @@ def test_experts_that_are_not_chosen_are_not_computed():
         assert can_decode(model) and torch.equal(generate(model, prompt_BT, 12), expected_BT)
 
 
-def test_whoever_watches_or_changes_a_module_sees_every_token():
+@pytest.mark.parametrize("numpy", [True, False])
+def test_whoever_watches_or_changes_a_module_sees_every_token(numpy, monkeypatch):
+    monkeypatch.setitem(choice._taken, ONE_ROW.name, numpy)
     model, prompt_BT = make_model(VARIANTS["smol moe"]), torch.tensor([[1, 2, 3]])
     plain_BT, calls = generate(model, prompt_BT, 12), []
     hook = model.blocks[0].attention.q.register_forward_hook(lambda module, inputs, output: calls.append(1))
@@ -214,6 +218,11 @@ def test_whoever_watches_or_changes_a_module_sees_every_token():
     with counter:
         generate(model, prompt_BT, 12)
     assert counter.get_total_flops() > 2 * two
+    with FlopCounterMode(display=False) as by_modules:
+        hook = model.blocks[0].attention.q.register_forward_hook(lambda module, inputs, output: None)
+        generate(model, prompt_BT, 12)
+        hook.remove()
+    assert counter.get_total_flops() == by_modules.get_total_flops(), "the same products, whichever way"
     assert can_decode(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert not can_decode(model)

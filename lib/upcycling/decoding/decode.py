@@ -138,12 +138,12 @@ def _linear(linear: nn.Linear) -> Product:
 
 
 class Product:
-    """x_I -> weight_OI @ x_I + bias_O, by the product that is faster here; `flops`: those that torch does not see."""
+    """x_I -> weight_OI @ x_I + bias_O, by the product that is faster here; `flops`: no counter sees either."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None):
         self.bias_O = None if bias_O is None else _array(bias_O)
         self.by_numpy = weight_OI.dtype == torch.float64 or ONE_ROW.taken()
-        self.weight_OI, self.flops = weight_OI.detach(), 2 * weight_OI.numel() if self.by_numpy else 0
+        self.weight_OI, self.flops = weight_OI.detach(), 2 * weight_OI.numel()
         self.rows_O1I = _array(weight_OI)[:, None, :]  # so that matmul takes a dot product for each row
 
     def __call__(self, x_I: np.ndarray) -> np.ndarray:
