@@ -80,7 +80,7 @@ def loss_in_chunks(x_ND: Tensor, head: nn.Linear, targets_N: Tensor) -> Tensor:
     return F.linear_cross_entropy(x_ND, weight_VD, targets_N, linear_bias=bias_V, ignore_index=IGNORE, options=options)
 
 
-Rotary = tuple[Tensor, Tensor]  # cos_TP, sin_TP
+Rotary = tuple[Tensor, Tensor]  # cos_TC, sin_TC
 
 
 class KVCache:
@@ -100,17 +100,18 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def rotary_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos_TP, sin_TP of RoPE (Su et al. 2021) for the P = C/2 pairs of a head."""
+def rotary_tables(positions_T: Tensor, head_dim: int, theta: float) -> Rotary:
+    """cos_TC, sin_TC of RoPE (Su et al. 2021) in the half-split layout of Hugging Face's Llama, as `rotate` wants them:
+    a pair is (i, i + C/2), and the sine of the first half is negative."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim)
     angles_TP = torch.outer(positions_T.float(), frequencies)
-    return angles_TP.cos(), angles_TP.sin()
+    sin_TP = angles_TP.sin()
+    return angles_TP.cos().repeat(1, 2), torch.cat((-sin_TP, sin_TP), dim=-1)
 
 
-def rotate(x_BHTC: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Turn each pair (i, i + C/2) of a head by its position's angle: the half-split layout of Hugging Face's Llama."""
-    first, second = x_BHTC.chunk(2, dim=-1)
-    return torch.cat((first * cos_TP - second * sin_TP, second * cos_TP + first * sin_TP), dim=-1)
+def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Turn each pair of a head by its position's angle: the halves change places, one of them its sign."""
+    return x_BHTC * cos_TC + x_BHTC.roll(x_BHTC.shape[-1] // 2, dims=-1) * sin_TC
 
 
 class Attention(nn.Module):
@@ -128,7 +129,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, layer: int) -> Tensor:
         """y_BTD: what each position gathers from itself and those before it.
 
-        `rotary` is (cos_TP, sin_TP) under RoPE. With a `cache` the T tokens follow those that it holds, and see them.
+        `rotary` is (cos_TC, sin_TC) under RoPE. With a `cache` the T tokens follow those that it holds, and see them.
         """
         c, (b, t, _) = self.config, x_BTD.shape
         q_BHTC = self.q(x_BTD).view(b, t, c.n_heads, c.head_dim).transpose(1, 2)

@@ -68,7 +68,7 @@ class Decoder:
         self.position_SD = None if model.position_embedding is None else _array(model.position_embedding.weight)
         self.rotary: Any = None  # or (cos, sin)
         if self.config.position == "rope":
-            self.rotary = _signed_tables(self.config, self.embedding_VD.dtype)
+            self.rotary = _tables(self.config, self.embedding_VD.dtype)
         self.layers, self.flops = [], 0  # flops: of the products that every token takes and torch does not see
         for block in model.blocks:
             feed = SparseFeed(block.ffn) if isinstance(block.ffn, MoELayer) else DenseFeed(block.ffn)
@@ -125,11 +125,10 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().numpy()
 
 
-def _signed_tables(config: ModelConfig, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def _tables(config: ModelConfig, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """cos, sin of every position as (S, 2, C/2), the sine of the first half negative."""
     tables = rotary_tables(torch.arange(config.seq_len), config.head_dim, config.rope_theta)
-    cos, sin = (table.numpy().astype(dtype)[:, None].repeat(2, 1) for table in tables)
-    sin[:, 0] *= -1
+    cos, sin = (table.numpy().astype(dtype).reshape(config.seq_len, 2, -1) for table in tables)
     return cos, sin
 
 
