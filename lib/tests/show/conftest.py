@@ -2,6 +2,7 @@
 
 import matplotlib
 import pytest
+from matplotlib import pyplot
 
 matplotlib.use("Agg")
 
@@ -9,4 +10,4 @@ matplotlib.use("Agg")
 @pytest.fixture(autouse=True)
 def _closed_figures():
     yield
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
