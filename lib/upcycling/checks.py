@@ -1,7 +1,5 @@
 """Messages for bad values: one clear sentence that names the value and the remedy."""
 
-from __future__ import annotations
-
 import operator
 
 IGNORE = -100  # the target that no loss counts: padding (torch's cross_entropy skips it by default)

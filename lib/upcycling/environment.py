@@ -1,7 +1,5 @@
 """Does this machine have what the notebooks need, and where do they keep what they make?"""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

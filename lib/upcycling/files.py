@@ -8,8 +8,6 @@
 Nothing is ever pickled: reading a file runs no code.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

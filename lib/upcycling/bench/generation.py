@@ -4,8 +4,6 @@ Both continue the same prompt with the same weights, and the texts are compared 
 what a token cannot do without: reading each active weight once, here by adding them up.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

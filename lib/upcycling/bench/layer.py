@@ -5,8 +5,6 @@ anything is timed. The floor is the matrix products alone: all rows through one 
 beforehand, forward once and backward twice.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass, replace

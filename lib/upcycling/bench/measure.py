@@ -8,8 +8,6 @@ more threads, or on a GPU (where it stops when the work is done, not when it was
 Each case is a module of this package with a function `compare(bench)` that returns its `Comparison`s.
 """
 
-from __future__ import annotations
-
 import datetime
 import importlib
 import json

@@ -1,7 +1,5 @@
 """What recording the routing adds to a forward pass."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """How the layer's cost grows: with the tokens (linearly) and with the experts at fixed k (hardly)."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import replace

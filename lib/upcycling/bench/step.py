@@ -5,8 +5,6 @@ The peers hold the same weights and read the same tokens, with the same fused Ad
 matrix products would take at the speed of one large product, forward once and backward twice.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from itertools import cycle

@@ -1,7 +1,5 @@
 """Texts to a packed file of tokens, beside the library's own encoding of the same texts to nothing."""
 
-from __future__ import annotations
-
 import tempfile
 from itertools import chain
 

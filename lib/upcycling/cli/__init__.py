@@ -6,8 +6,6 @@ signature, what it does lies in the module that it imports when it runs, so that
 Exit status: 0 done, 1 it could not be done (one sentence on stderr says why), 2 the command was not understood.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

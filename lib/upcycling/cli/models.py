@@ -1,7 +1,5 @@
 """The verbs for a model of one's own: convert, inspect, continue."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """What a verb is, and how the values of its options are read: a bad one is told in a clause that names the remedy."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

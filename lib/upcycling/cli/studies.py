@@ -1,7 +1,5 @@
 """The verbs that repeat the series' studies over several seeds, and the bench: compare, knockouts, select, bench."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

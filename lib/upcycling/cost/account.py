@@ -12,8 +12,6 @@ waits. That least is each weight in use once a pass, and the key/value cache; in
 written and read once, and gradients, weights and AdamW's moments read and written once.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How much memory do activations take? Measured: what autograd keeps from the forward to the backward pass."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parameters and floating-point operations of a model, from its configuration alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A model's parts as counting needs them, read from its modules (those of a configuration on the meta device)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 

@@ -7,8 +7,6 @@ clock is the wall's, and it writes down every one of thousands, which takes time
 small: read shares from it, and take times from `upcycling.bench`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Named reference models of earlier public projects, and what was claimed of them."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

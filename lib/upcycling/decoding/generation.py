@@ -13,8 +13,6 @@ quicker way of `upcycling.decoding.decode`.
 Shapes: B rows (prompts times samples), T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

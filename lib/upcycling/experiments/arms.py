@@ -1,7 +1,5 @@
 """What is compared: named arms, and the sets of them behind the notebooks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Equal tokens, equal FLOPs, equal seconds: how many updates each arm gets."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

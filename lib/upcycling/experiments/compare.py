@@ -12,8 +12,6 @@ FLOPs and seconds are those of an arm as it begins; a rule with a variable numbe
 later. Runs and measured seconds are kept under `artifacts/`, so an interrupted comparison goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Sequence
 from contextlib import closing

@@ -14,8 +14,6 @@ named by what the router does alone, before anything is removed; whether its rem
 The result is written after each seed; an interrupted run goes on where it stopped.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path

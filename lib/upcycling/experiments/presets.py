@@ -1,7 +1,5 @@
 """The sizes at which the series runs: quick, laptop, gpu."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from ..core.config import ModelConfig, MoEConfig

@@ -1,7 +1,5 @@
 """What runs showed: differences paired by seed, with intervals, as tables."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 

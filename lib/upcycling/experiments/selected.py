@@ -10,8 +10,6 @@ The parent was trained on this corpus before, so this is *continued* pretraining
 has not yet learned of it. The result is written after each run; an interrupted study goes on where it stopped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -5,8 +5,6 @@ result["rows"].append(...)
 save(result, out)
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import platform

@@ -1,7 +1,5 @@
 """Runs of a study on one thread each, here or in several processes."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading

@@ -14,8 +14,6 @@ A kernel computes what the plain path computes, up to rounding: values and gradi
 `files`, and nothing of the library above that: what it works on is given to it. No lesson looks in here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from .choice import ON

@@ -6,8 +6,6 @@ needs at most 1 / FASTER_BY of their time. The answer is kept in a file of the u
 measures once and computes the same from then on. UPCYCLING_KERNELS=0 takes none.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -4,8 +4,6 @@ Shapes: R rows sorted by expert, D model width, F FFN width, E experts; B rows o
 its neighbours').
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import SimpleNamespace
 

@@ -6,8 +6,6 @@ as fast as the products that torch calls, on some processors; on others they are
 Shapes: R rows, I inputs, O outputs of a matrix, N tokens, E experts, K experts per token, D model width.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -5,8 +5,6 @@ a third of an MoE layer's forward and backward pass. So such memory stays for as
 with `zero_grad(set_to_none=False)`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Each may be gone, or take other arguments, in another release. So each is looked
 where it fails, replaced by None (or by what is public), with one logged sentence: what needs it is then not taken.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

@@ -7,8 +7,6 @@ experts of an MoE do the same (`expert_by_expert`), a handful of rows go another
 Shapes: R rows, I inputs, O outputs of a matrix.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

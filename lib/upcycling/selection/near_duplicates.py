@@ -1,7 +1,5 @@
 """Documents that are nearly equal, found by MinHash."""
 
-from __future__ import annotations
-
 import operator
 import zlib
 from collections.abc import Iterable

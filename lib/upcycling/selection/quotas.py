@@ -1,7 +1,5 @@
 """How a budget is shared among strata."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

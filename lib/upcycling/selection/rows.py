@@ -1,7 +1,5 @@
 """Rows of documents, read from whatever holds them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 

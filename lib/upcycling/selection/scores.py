@@ -1,7 +1,5 @@
 """Scores of documents: entropies, cross-entropy, excess loss."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence

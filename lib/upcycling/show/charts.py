@@ -1,7 +1,5 @@
 """Figures of lines, bars and dots: losses and routing over updates, what models cost, documents by length."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

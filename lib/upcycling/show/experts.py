@@ -5,8 +5,6 @@ Experts are told apart by their number; each cell's value is written into it, co
 Shapes: N tokens, E experts, K experts per token, L MoE layers, C columns (domains, token classes), R rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ Models are `DecoderLM`s or transformers MoEs; tokenizers are those of the tokeni
 Shapes: N tokens, L MoE layers, E experts, K experts per token, B windows, T tokens of a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import ipywidgets as W

@@ -1,7 +1,5 @@
 """How tokens go from layer to layer, and which experts work together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

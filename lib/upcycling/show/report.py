@@ -5,8 +5,6 @@ security policy forbids everything else. All text is data: it travels as JSON an
 as markup.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Figures of arms over seeds: a dot for each seed, a mark at their mean, its spread to either side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes

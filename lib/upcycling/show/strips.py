@@ -1,7 +1,5 @@
 """Figures of a text as its tokens: boxes in colours, a small note below each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import matplotlib

@@ -5,8 +5,6 @@ be told apart in print. Panels redraw a figure at every move of a slider, so the
 and short strings are one artist: matplotlib's texts take half a millisecond each.
 """
 
-from __future__ import annotations
-
 import io
 import unicodedata
 from collections.abc import Iterable, Sequence

@@ -3,8 +3,6 @@
 Shapes: B windows, T tokens of a window.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import re

@@ -1,7 +1,5 @@
 """A token stream's files: tokenized once, checked, and mapped into memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

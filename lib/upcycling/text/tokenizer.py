@@ -1,7 +1,5 @@
 """Byte-level BPE tokenizers: train, load, save; documents and prompts to ids."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

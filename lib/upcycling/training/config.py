@@ -1,7 +1,5 @@
 """The settings of one training run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..checks import _at_least, _one_of

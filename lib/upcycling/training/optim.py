@@ -1,7 +1,5 @@
 """The optimizer and the schedule, torch's and transformers'."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 

@@ -1,7 +1,5 @@
 """Random states: saved, restored, and private to a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -3,8 +3,6 @@
 Shapes: L layers, C domains, D model width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """An MoE with twice the experts."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

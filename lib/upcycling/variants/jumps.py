@@ -3,8 +3,6 @@
 initial_jumps(dense, published_arms(dense, MoEConfig(num_experts=8, top_k=2)), series.validation_stream)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

@@ -13,8 +13,6 @@ multiplied by a * w and exp_avg_sq by a * w^2. Where a recipe multiplied a unit'
 gradients are s times as large. Shapes: E experts, D width, F hidden units of the dense FFN, G of an expert.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch
