@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from upcycling.bench import layer as layer_case
-from upcycling.bench import measure as bench
-from upcycling.bench import scaling
+from upcycling.bench import layer as layer_case, measure as bench, scaling
 from upcycling.bench.measure import Bench, compared
 from upcycling.cli import main
 from upcycling.core.moe import MoELayer

@@ -8,8 +8,7 @@ import pytest
 
 from upcycling.bench import tokenizing
 from upcycling.bench.measure import Bench
-from upcycling.text import stream_files
-from upcycling.text import tokenizer as tok
+from upcycling.text import stream_files, tokenizer as tok
 from upcycling.text.stream_files import one_ahead
 
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.initialisation import Copy, Drop, Noise, Permute, weights_sum_to_1

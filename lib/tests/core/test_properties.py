@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from upcycling.core.config import ACTIVATIONS, ModelConfig, MoEConfig
 from upcycling.core.experts import Experts

@@ -18,8 +18,7 @@ from upcycling.core.routers import StraightThrough, TopP
 from upcycling.core.routing import expert_load
 from upcycling.core.transfer import upcycle
 from upcycling.cost.parameters import forward_flops
-from upcycling.experiments import budgets
-from upcycling.experiments import compare as compare_module
+from upcycling.experiments import budgets, compare as compare_module
 from upcycling.experiments.arms import ARM_SETS, DENSE, Arm, upcycling_arms
 from upcycling.experiments.budgets import BUDGETS, costs, update_flops, updates_per_budget
 from upcycling.experiments.compare import compare, describe, setting

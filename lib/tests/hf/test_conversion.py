@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 import yaml  # noqa: E402
 
-from upcycling.hf import convert as conversion  # noqa: E402
-from upcycling.hf import weight_files  # noqa: E402
+from upcycling.hf import convert as conversion, weight_files  # noqa: E402
 from upcycling.hf.convert import convert, prepare  # noqa: E402
 from upcycling.hf.families.engine import hub_tensors  # noqa: E402
 from upcycling.hf.layerwise import layerwise_logits  # noqa: E402

@@ -6,10 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from real_models import TINY_LLAMA
-from real_models import difference as logits_difference
+from hypothesis import given, settings, strategies as st
+from real_models import TINY_LLAMA, difference as logits_difference
 
 from upcycling import DecoderLM, ModelConfig, MoEConfig, from_hf, generate, save_hf, to_hf, train_tokenizer
 

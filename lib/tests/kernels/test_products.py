@@ -6,14 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycling import kernels as kernels_door
 from upcycling.checks import IGNORE
-from upcycling.core import experts as experts_module
-from upcycling.core import moe
+from upcycling.core import experts as experts_module, moe
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.experts import Linear, linear
 from upcycling.core.model import DecoderLM, loss_in_chunks

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from real_models import TINY_LLAMA
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -23,9 +22,7 @@ from upcycling import MoEConfig, TrainConfig, load_corpus
 from upcycling.core.config import ModelConfig
 from upcycling.core.transfer import upcycle
 from upcycling.experiments.series import new_model
-from upcycling.selection import choose as selection
-from upcycling.selection import near_duplicates, scores
-from upcycling.selection import quotas as quotas_module
+from upcycling.selection import choose as selection, near_duplicates, quotas as quotas_module, scores
 from upcycling.selection.choose import STRATA, Selection, documents_read, select
 from upcycling.selection.quotas import quotas
 from upcycling.selection.scores import SCORES, length_correlation, score_documents

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from upcycling.text import corpus
 from upcycling.text.corpus import EntropyFloor, entropy_floor, has_floor, load_corpus, mend_quotes

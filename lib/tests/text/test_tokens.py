@@ -13,13 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from upcycling.checks import IGNORE
-from upcycling.text import stream as tokens
-from upcycling.text import stream_files
-from upcycling.text import tokenizer as tokenizer_module
+from upcycling.text import stream as tokens, stream_files, tokenizer as tokenizer_module
 from upcycling.text.stream import TokenStream, padded_batch
 from upcycling.text.tokenizer import (
     SPECIAL_TOKENS,

@@ -42,8 +42,7 @@ from .output.partial import (
 )  # fmt: skip
 from .output.shards import MAX_SHARD_SIZE, Entry, Shard, plan_shards
 from .plan import MOST_EXPERTS, Plan, plan
-from .receipt import Receipt
-from .receipt import verify as verify_models
+from .receipt import Receipt, verify as verify_models
 from .sources import COMPANIONS, folder_tokenizer, in_bytes, naming, on_one_line, open_source, quiet, read_config
 from .weight_files import WeightFiles, as_bytes, read_json
 
