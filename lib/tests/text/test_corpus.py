@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from upcycling.text import corpus
-from upcycling.text.corpus import EntropyFloor, entropy_floor, has_floor, load_corpus, mend_quotes
+from upcycling.text.corpus import EntropyFloor, entropy_floor, load_corpus, mend_quotes
 from upcycling.text.worlds.world import DOMAINS, WorldConfig, generate
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -149,7 +149,7 @@ def test_other_columns_are_kept(tmp_path):
     path = tmp_path / "worlds.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in generate(50)), encoding="utf-8")
     splits = load_corpus(path)
-    assert has_floor(splits["train"]) and set(splits["train"]["domain"]) <= set(DOMAINS)
+    assert "surprisal" in splits["train"].column_names and set(splits["train"]["domain"]) <= set(DOMAINS)
 
 
 def test_a_folder_with_validation_files_uses_them(tmp_path):
@@ -204,7 +204,7 @@ def test_the_real_stories(tmp_path):
         (tmp_path / "both" / name).write_bytes((SHARED / name).read_bytes())
     both = load_corpus(tmp_path / "both", cache_dir=tmp_path)
     assert (len(both["train"]), len(both["validation"])) == (5_630, 599)
-    assert not has_floor(both["train"])
+    assert "surprisal" not in both["train"].column_names
 
 
 # What can be wrong with a file.
@@ -230,7 +230,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence(tmp_path):
     assert "has 1 different documents" in message("copies.jsonl", b'{"text": "a"}\n{"text": "a"}\n')
     assert "is not UTF-8 (byte 0xe9 near position 3); save it as UTF-8" in message("latin.txt", b"caf\xe9 au lait\n\nb")
     assert "is not UTF-8 (byte 0xff" in message("binary.jsonl", b'{"text": "\xff"}\n')
-    assert "ends in the middle of a character" in message("cut.csv", b"text\ncaf\xc3")
+    assert "is not UTF-8 (byte 0xc3 near position 8)" in message("cut.csv", b"text\ncaf\xc3")
+    late = b"text\n" + 3_000_000 * b"a" + "é".encode() + b"\xe9,\r\n"
+    assert "is not UTF-8 (byte 0xe9 near position 3000007)" in message("late.csv", late)
     assert "found no documents in" in message("broken.jsonl", b'{"text": "a"}\n{"text": \n')
     assert "mixed.jsonl" in message("mixed.jsonl", b'{"text": "a"}\n{"text": [1]}\n')
     assert "found no documents in" in message("broken.parquet", b"PAR1 no it is not")
@@ -350,22 +352,17 @@ def test_mending_knows_the_sequences_of_the_real_corpus():
 
 
 def test_the_floor_is_total_surprisal_over_total_tokens():
-    rows = [
-        {"text": "a", "domain": "code", "surprisal": 10.0},
-        {"text": "b", "domain": "code", "surprisal": 20.0},
-        {"text": "c", "domain": "stories", "surprisal": 6.0},
-    ]
-    floor = entropy_floor(rows, [5, 10, 3])
-    assert floor == EntropyFloor(36 / 18, {"stories": 2.0, "code": 2.0})
-    assert entropy_floor(datasets.Dataset.from_list(rows), [5, 5, 2]).by_domain == {"stories": 3.0, "code": 3.0}
+    columns = {"text": ["a", "b", "c"], "domain": ["code", "code", "stories"], "surprisal": [10.0, 20.0, 6.0]}
+    rows = datasets.Dataset.from_dict(columns)
+    assert entropy_floor(rows, [5, 10, 3]) == EntropyFloor(36 / 18, {"stories": 2.0, "code": 2.0})
+    assert entropy_floor(rows, [5, 5, 2]).by_domain == {"stories": 3.0, "code": 3.0}
 
 
 def test_the_floor_needs_surprisals_and_a_count_for_each_document():
     with pytest.raises(ValueError, match="no column 'surprisal', so its entropy floor is unknown"):
-        entropy_floor([{"text": "a"}], [3])
-    assert not has_floor([{"text": "a"}]) and not has_floor(datasets.Dataset.from_dict({"text": ["a"]}))
+        entropy_floor(datasets.Dataset.from_dict({"text": ["a"]}), [3])
     with pytest.raises(ValueError, match="2 token counts for 1 documents"):
-        entropy_floor([{"text": "a", "domain": "code", "surprisal": 1.0}], [3, 4])
+        entropy_floor(datasets.Dataset.from_dict({"text": ["a"], "domain": ["code"], "surprisal": [1.0]}), [3, 4])
 
 
 def test_a_trained_model_does_not_get_below_the_floor():

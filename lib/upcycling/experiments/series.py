@@ -25,7 +25,7 @@ from ..core.model import DecoderLM
 from ..core.transfer import initialisation, upcycle
 from ..environment import project_folder
 from ..routing.snapshots import RoutingSnapshots
-from ..text.corpus import entropy_floor, has_floor, load_corpus
+from ..text.corpus import entropy_floor, load_corpus
 from ..text.stream import TokenStream
 from ..text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from ..training.config import TrainConfig
@@ -100,7 +100,8 @@ class Series:
     def floor(self):
         """The validation split's entropy floor (nats per token, overall and per domain), or None if it is not known."""
         rows = self.corpus["validation"]
-        return entropy_floor(rows, self.validation_stream.document_lengths) if has_floor(rows) else None
+        known = "surprisal" in rows.column_names
+        return entropy_floor(rows, self.validation_stream.document_lengths) if known else None
 
     def domain_streams(self) -> dict:
         """A validation stream for each domain, for losses per domain; empty where the corpus has no domains."""

@@ -6,7 +6,6 @@ Corpora from files and from the hub stay on disk: `datasets` maps them into memo
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
 import re
@@ -196,17 +195,14 @@ def _load_files(files: list[Path], cache_dir):
 
 
 def _check_utf8(file: Path) -> None:
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                place = f"byte 0x{error.object[error.start]:02x} near position {position + error.start}"
-                raise ValueError(f"{file} is not UTF-8 ({place}); save it as UTF-8") from None
-            position += len(block)
-    if decoder.getstate()[0]:
-        raise ValueError(f"{file} is not UTF-8 (it ends in the middle of a character); save it as UTF-8")
+    with file.open(encoding="utf-8", newline="") as stream:
+        try:
+            while stream.read(1 << 20):
+                pass
+        except UnicodeDecodeError as error:
+            position = stream.buffer.tell() - len(error.object) + error.start
+            place = f"byte 0x{error.object[error.start]:02x} near position {position}"
+            raise ValueError(f"{file} is not UTF-8 ({place}); save it as UTF-8") from None
 
 
 def _text_documents(versions) -> Iterator[dict]:
@@ -307,25 +303,16 @@ class EntropyFloor:
     by_domain: dict[str, float]
 
 
-def has_floor(rows) -> bool:
-    """Whether a split, or a list of rows, says how surprising each document is (column `surprisal`)."""
-    if hasattr(rows, "column_names"):
-        return "surprisal" in rows.column_names
-    return len(rows) > 0 and "surprisal" in rows[0]
-
-
 def entropy_floor(rows, token_counts: Iterable[int]) -> EntropyFloor:
     """The entropy floor of documents: their total surprisal divided by their total number of target tokens.
 
-    rows: a split of `worlds`, or a list of its rows. token_counts: how many tokens each row has in the stream, with the
-    tokens that begin and end it (`TokenStream.document_lengths`): each is a target once. A model that knows the world
-    and reads whole documents reaches it on average; one that sees windows cut out of documents stays above it.
+    rows: a split of `worlds`. token_counts: how many tokens each row has in the stream, with the tokens that begin and
+    end it (`TokenStream.document_lengths`): each is a target once. A model that knows the world and reads whole
+    documents reaches it on average; one that sees windows cut out of documents stays above it.
     Raises ValueError without `surprisal`, or if the lengths differ.
     """
-    if not has_floor(rows):
+    if "surprisal" not in rows.column_names:
         raise ValueError("this corpus has no column 'surprisal', so its entropy floor is unknown; only worlds has one")
-    if not hasattr(rows, "column_names"):
-        rows = {column: [row[column] for row in rows] for column in ("surprisal", "domain")}
     surprisals, domains = np.asarray(rows["surprisal"], np.float64), np.asarray(rows["domain"])
     counts = np.asarray(list(token_counts), np.int64)
     if len(counts) != len(surprisals):

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from ..checks import IGNORE
+from ..checks import IGNORE, _at_least
 from .stream_files import build_files, check_ids, id_dtype
 
 
+@dataclass(eq=False, repr=False)
 class TokenStream:
     """All documents of a split, one after the other, as token ids in a memory-mapped file.
 
@@ -28,21 +29,17 @@ class TokenStream:
     the documents' numbers among the rows that they were taken from (default: 0, 1, 2, …).
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        document_lengths: np.ndarray,
-        vocab_size: int,
-        key: str,
-        document_ids: np.ndarray | None = None,
-    ):
-        self.tokens = tokens
-        self.document_lengths = document_lengths
-        self.vocab_size = vocab_size
-        self.key = key
-        self.document_ids = np.arange(len(document_lengths)) if document_ids is None else document_ids
-        if len(self.document_ids) != len(document_lengths):
-            raise ValueError(f"{len(self.document_ids)} ids for {len(document_lengths)} documents; give one for each")
+    tokens: np.ndarray
+    document_lengths: np.ndarray
+    vocab_size: int
+    key: str
+    document_ids: np.ndarray | None = None
+
+    def __post_init__(self):
+        count = len(self.document_lengths)
+        self.document_ids = np.arange(count) if self.document_ids is None else self.document_ids
+        if len(self.document_ids) != count:
+            raise ValueError(f"{len(self.document_ids)} ids for {count} documents; give one for each")
 
     @classmethod
     def from_ids(cls, ids: Sequence[int], vocab_size: int) -> TokenStream:
@@ -93,21 +90,12 @@ class TokenStream:
 
     def random_document_ids(self, batch_size: int, seq_len: int, *, seed: int, step: int) -> np.ndarray:
         """The ids, sorted, of the documents that `random_windows` of the same arguments shows, targets included."""
-        starts_B = self._random_starts(batch_size, seq_len, seed, step)
-        return np.unique(np.concatenate([self.documents_at(start, start + seq_len + 1) for start in starts_B]))
-
-    def documents_at(self, start: int, stop: int) -> np.ndarray:
-        """The ids of the documents that have tokens at the positions start..stop-1 of the stream."""
-        first = np.searchsorted(self._ends, start, side="right")
-        last = np.searchsorted(self._ends, stop - 1, side="right")
-        return self.document_ids[first : last + 1]
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum(self.document_lengths)
+        starts_B, ends = self._random_starts(batch_size, seq_len, seed, step), np.cumsum(self.document_lengths)
+        first_B, last_B = (np.searchsorted(ends, at_B, side="right") for at_B in (starts_B, starts_B + seq_len))
+        return np.unique(np.concatenate([self.document_ids[a : b + 1] for a, b in zip(first_B, last_B)]))
 
     def _random_starts(self, batch_size: int, seq_len: int, seed: int, step: int) -> np.ndarray:
-        _check_sizes(batch_size, seq_len)
+        _at_least(1, batch_size=batch_size, seq_len=seq_len)
         if len(self) < seq_len + 1:
             raise ValueError(
                 f"the stream has {len(self)} tokens, but one window with its targets needs seq_len + 1 = "
@@ -121,12 +109,9 @@ class TokenStream:
         The last batch may have fewer rows; its last window is filled up with token 0 and target -100. Raises
         ValueError if the stream has no target (fewer than two tokens).
         """
-        _check_sizes(batch_size, seq_len)
+        _at_least(1, batch_size=batch_size, seq_len=seq_len)
         if len(self) < 2:
             raise ValueError(f"the stream has {len(self)} token; evaluation needs at least 2, a token and its target")
-        return self._windows(batch_size, seq_len)
-
-    def _windows(self, batch_size: int, seq_len: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         per_batch = batch_size * seq_len
         for start in range(0, len(self) - 1, per_batch):
             piece = torch.from_numpy(self.tokens[start : start + per_batch + 1].astype(np.int64))
@@ -161,8 +146,3 @@ def padded_batch(
         tokens_BT[row, : len(ids)] = ids
         targets_BT[row, : max(len(ids) - 1, 0)] = ids[1:]
     return tokens_BT, targets_BT
-
-
-def _check_sizes(batch_size: int, seq_len: int) -> None:
-    if batch_size < 1 or seq_len < 1:
-        raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must both be at least 1")

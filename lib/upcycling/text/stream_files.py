@@ -50,10 +50,8 @@ class _Files:
 
     def __init__(self, directory: Path, key: str):
         self.key = key
-        self.tokens = directory / f"tokens-{key}.bin"
-        self.lengths = directory / f"tokens-{key}.lengths.npy"
-        self.record = directory / f"tokens-{key}.json"
-        self.lock = directory / f"tokens-{key}.lock"
+        endings = ("bin", "lengths.npy", "json", "lock")
+        self.tokens, self.lengths, self.record, self.lock = (directory / f"tokens-{key}.{end}" for end in endings)
 
     def usable_record(self, documents: int, vocab_size: int) -> dict:
         """The record on disk if the files bear it out, else that of an empty stream; cuts off what is not recorded."""
