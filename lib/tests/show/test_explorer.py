@@ -20,7 +20,6 @@ from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
 from upcycling.routing import typed_text
 from upcycling.routing.metrics import router_saturation
-from upcycling.routing.record import record_routing
 from upcycling.routing.snapshots import RoutingSnapshots
 from upcycling.routing.trace import RoutingTrace
 from upcycling.show import explorer, panel, what_if
@@ -296,18 +295,6 @@ def test_dense_model_is_refused(tokenizer):
             kind(dense, tokenizer, TEXT)
 
 
-def test_explorer_of_a_recorded_trace(model, tokenizer):
-    ids = [tokenizer.encode(text).ids[:4] for text in (TEXT, "a cat saw a mat")]
-    with record_routing(model) as trace:
-        model(torch.tensor(ids))
-    made = TokenExplorer(trace, tokenizer)
-    assert list(made.controls) == ["sequence", "layer", "colour", "token"]
-    made.sequence.value = 1
-    assert Reader(made).tokens == list(map(visible, typed_text.token_texts(tokenizer, ids[1])))
-    made.token.value = 2
-    assert made.view().strips[0].chosen == trace.expert_ids[0, 4:].tolist()
-
-
 def test_comparison_follows_a_click_in_either(model, tokenizer):
     made = CompareRouting(model, make_model(3), tokenizer, TEXT, names=("old", "new"))
     made.strips[1].buttons.value = 5
@@ -316,19 +303,9 @@ def test_comparison_follows_a_click_in_either(model, tokenizer):
     assert len({len(strip.buttons.options) for strip in made.strips}) == 1
 
 
-def test_comparison_of_two_moments_and_what_it_refuses(model, tokenizer, snapshots):
-    made = CompareRouting(snapshots.trace(0), snapshots.trace(2), tokenizer, names=("first", "last"))
-    made.sequence.value = 3
-    assert made.view().strips[0].chosen == snapshots.expert_ids[0, 0, 150:].tolist()
-    assert made.view().strips[1].chosen == snapshots.expert_ids[2, 0, 150:].tolist()
-    with pytest.raises(ValueError, match="two models or two traces"):
-        CompareRouting(model, snapshots.trace(0), tokenizer, TEXT)
+def test_comparison_refuses_models_without_a_common_layer(tokenizer):
     with pytest.raises(ValueError, match="no MoE layer in common"):
         CompareRouting(make_model(layers=(0,)), make_model(layers=(1,)), tokenizer, TEXT)
-    other = RoutingSnapshots(snapshots.probe_BT + 1)
-    other(0, model)
-    with pytest.raises(ValueError, match="not of the same text"):
-        CompareRouting(snapshots.trace(0), other.trace(0), tokenizer)
 
 
 def test_playback_moves_through_moments_windows_and_layers(snapshots, tokenizer):

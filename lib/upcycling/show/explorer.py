@@ -3,7 +3,7 @@
     TokenExplorer(model, tokenizer, "Once upon a time")         # choose a layer, click a token, follow it
     TrainingPlayback(snapshots, tokenizer)                      # how it came about: a slider over the snapshots
     WhatIf(model, tokenizer, "Once upon a time", probe)         # other k, other temperature, experts knocked out
-    CompareRouting(before, after, tokenizer, "Once upon ...")   # two models, or two moments, on the same text
+    CompareRouting(before, after, tokenizer, "Once upon ...")   # two models on the same text
 
 Models are `DecoderLM`s or transformers MoEs; tokenizers are those of the tokenizers library or of transformers.
 Shapes: N tokens, L MoE layers, E experts, K experts per token, B windows, T tokens of a window.
@@ -103,28 +103,24 @@ def way_figure(traces: Sequence[RoutingTrace], token: int, text: str, names: Seq
 
 
 class _TokenPanel(Panel):
-    """Strips of one text, routed by one or two models, or recorded; a layer, and a token that is followed."""
+    """Strips of one text, routed by one or two models; a layer, and a token that is followed."""
 
     def __init__(
-        self, sources: Sequence, names: Sequence[str], tokenizer, text: str, examples: Mapping | None, max_tokens: int
+        self, models: Sequence, names: Sequence[str], tokenizer, text: str, examples: Mapping | None, max_tokens: int
     ):
         self._names, self._tokenizer, self._max_tokens = names, tokenizer, max_tokens
-        self._sources = [source if isinstance(source, RoutingTrace) else twin(source) for source in sources]
-        self._recorded, self._shown = isinstance(sources[0], RoutingTrace), None
-        if self._recorded:
-            inputs = {"sequence": W.Dropdown(options=sorted(set(sources[0].sequence.tolist())))}
-        else:
-            inputs = text_inputs(text, examples)
+        self._models, self._shown = [twin(model) for model in models], None
+        inputs = text_inputs(text, examples)
         controls = dict(layer=_number(), colour=W.Dropdown(layout=wide(290)), token=W.IntSlider(layout=wide(420)))
-        super().__init__(strips=len(sources), **inputs, **controls)
+        super().__init__(strips=len(models), **inputs, **controls)
         self._start(inputs.values(), controls.values())
 
     def _follow(self, change) -> None:
         super()._follow(change)
-        wanted = self.sequence.value if self._recorded else self.text.value
-        if wanted == self._shown:
+        if self.text.value == self._shown:
             return
-        traces, self._texts = self._read()
+        routed = [route_text(model, self._tokenizer, self.text.value, self._max_tokens) for model in self._models]
+        traces, self._texts = [trace for trace, _ in routed], routed[0][1]
         layers = [layer for layer in traces[0].layers if layer in traces[-1].layers]
         if not layers:
             raise ValueError("the two have no MoE layer in common")
@@ -134,19 +130,8 @@ class _TokenPanel(Panel):
             probabilities = [(f"probability of expert {expert}", expert) for expert in one_by_one]
             self.colour.options = [("the preferred expert", None), *probabilities]
             self.colour.index = 0
-        self._traces, self._shown = traces, wanted
+        self._traces, self._shown = traces, self.text.value
         self.token.max = len(self._texts) - 1
-
-    def _read(self) -> tuple[list[RoutingTrace], list[str]]:
-        if not self._recorded:
-            routed = [route_text(model, self._tokenizer, self.text.value, self._max_tokens) for model in self._sources]
-            return [trace for trace, _ in routed], routed[0][1]
-        traces = [source.select(source.sequence == self.sequence.value) for source in self._sources]
-        if not torch.equal(traces[0].tokens, traces[-1].tokens):
-            raise ValueError("the two traces are not of the same text; record both on the same tokens")
-        if len(traces[0]) > self._max_tokens:
-            traces = [trace.select(torch.arange(self._max_tokens)) for trace in traces]
-        return traces, token_texts(self._tokenizer, traces[0].tokens.tolist())
 
     def view(self) -> View:
         shown = (self.layer.value, self.token.value, self.colour.value)
@@ -163,24 +148,21 @@ def _number(layers: Sequence[int] = (0,), number: W.BoundedIntText | None = None
 class TokenExplorer(_TokenPanel):
     """One text's tokens in the colours of their experts; hover shows all probabilities, a click follows a token.
 
-    `source` is a model, which then routes any text that is typed or chosen (`examples`: {name: text}), or a
-    `RoutingTrace`, whose sequences can be chosen. Controls: example, text (or sequence), layer, colour, token.
-    Raises ValueError for a dense model and for a text that does not fit the model or `max_tokens`.
+    `model` routes any text that is typed or chosen (`examples`: {name: text}). Controls: example, text, layer, colour,
+    token. Raises ValueError for a dense model and for a text that does not fit the model or `max_tokens`.
     """
 
-    def __init__(self, source, tokenizer, text: str = "", *, examples=None, max_tokens: int = 256):
-        super().__init__([source], [""], tokenizer, text, examples, max_tokens)
+    def __init__(self, model, tokenizer, text: str = "", *, examples=None, max_tokens: int = 256):
+        super().__init__([model], [""], tokenizer, text, examples, max_tokens)
 
 
 class CompareRouting(_TokenPanel):
-    """The same text in two models, or in two `RoutingTrace`s of the same tokens (two moments: `snapshots.trace(i)`).
+    """The same text in two models.
 
     `names` are what the two are called. Controls, options and errors are those of `TokenExplorer`.
     """
 
     def __init__(self, a, b, tokenizer, text: str = "", *, names=("a", "b"), examples=None, max_tokens: int = 256):
-        if isinstance(a, RoutingTrace) != isinstance(b, RoutingTrace):
-            raise ValueError("give two models or two traces; record_routing makes a trace of a model")
         super().__init__([a, b], list(names), tokenizer, text, examples, max_tokens)
 
 
