@@ -97,15 +97,14 @@ def test_a_study_reads_what_was_selected_and_goes_on_where_it_stopped(series, tm
     lengths = series.train_stream.document_lengths
     for r in rows.values():
         assert 0 < r["documents_read"] <= r["documents"] == sum(r["chosen_by_stratum"])
-        assert sum(r["tokens_by_stratum"]) == sum(r["tokens_by_domain"].values()) == r["tokens"]
+        assert sum(r["tokens_by_domain"].values()) == r["tokens"]
         assert r["tokens"] <= result["setting"]["budget"] < r["tokens"] + lengths.max()
         assert r["history"][0][1] == pytest.approx(result["parent_loss"], abs=1e-4)  # all start from the parent
         assert r["history"][-1] == [result["setting"]["updates"], r["val_loss"]]
-    assert sum(result["documents_by_stratum"]) == len(series.corpus["train"])
     assert random["chosen_by_stratum"] != rows["random", 1]["chosen_by_stratum"]  # the seed draws
     assert entropy["chosen_by_stratum"] == rows[ARMS[1].name, 1]["chosen_by_stratum"]
     assert dense["chosen_by_stratum"] == random["chosen_by_stratum"] and "balance" not in dense
-    assert 0 < random["balance"] <= 1 and len(random["aux_loss"]) == 2
+    assert 0 < random["balance"] <= 1
     assert {random["val_loss"], entropy["val_loss"], dense["val_loss"]} == {r["val_loss"] for r in result["rows"][:3]}
     assert random["val_loss"] != entropy["val_loss"]
 

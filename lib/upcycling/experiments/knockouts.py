@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checks import IGNORE
 from ..routing.intervention import domain_losses, intervene, knockout
-from ..routing.metrics import Baseline, domain_divergence, domain_specialization, router_saturation, shuffled_baseline
+from ..routing.metrics import domain_divergence, domain_specialization, shuffled_baseline
 from ..routing.record import record_routing
 from ..tables import Table
 from .results import mean_and_spread, plus_minus
@@ -72,6 +72,7 @@ def study(series: Series, seed: int, windows: int | None = None) -> dict:
     expert_LC = main_experts(share_LCE)
     random_RL = np.random.default_rng(0).integers(num_experts, size=(RANDOM_DRAWS, len(layers)))
     seen = series.moe_snapshots(seed, verbose=False)
+    chance = shuffled_baseline(divergence, expert_ids_LNK, labels_N, repeats=100, groups_N=windows_N)
     return {
         "seed": seed,
         "val_loss": result.final_loss,
@@ -81,37 +82,22 @@ def study(series: Series, seed: int, windows: int | None = None) -> dict:
         "base_loss": _round(costs.base_loss_C),
         "share": _round(share_LCE),
         "divergence": _round(divergence(expert_ids_LNK, labels_N)),
-        "divergence_shuffled": _baseline(
-            shuffled_baseline(divergence, expert_ids_LNK, labels_N, repeats=100, groups_N=windows_N)
-        ),
+        "divergence_shuffled": {"mean": _round(chance.mean), "spread": _round(chance.standard_deviation)},
         "main_experts": expert_LC.tolist(),
         "cost": _round(costs.deltas_LEC),
-        "cost_error": _round(costs.errors_LEC),
         "chance_spreads": costs.chance_spreads,
         "worst": costs.worst(),
         "cost_together": _round([cost_of(expert_L) for expert_L in expert_LC.T.tolist()]),
         "cost_random_together": _round([cost_of(expert_L) for expert_L in random_RL.tolist()]),
         "training": {
             "steps": seen.steps.tolist(),
-            "divergence": _stack(divergence(ids, seen.labels) for ids in seen.expert_ids),
-            "divergence_shuffled": _baseline(
-                shuffled_baseline(divergence, seen.expert_ids[-1], seen.labels, repeats=100, groups_N=seen.sequence)
-            ),
-            "saturation": _stack(router_saturation(ids, seen.expert_ids[-1]) for ids in seen.expert_ids),
+            "divergence": _round(torch.stack([divergence(ids, seen.labels) for ids in seen.expert_ids])),
         },
     }
 
 
 def _round(values) -> list:
     return np.round(np.asarray(values, dtype=float), 6).tolist()
-
-
-def _stack(tensors: Iterable[Tensor]) -> list:
-    return _round(torch.stack([*tensors]))
-
-
-def _baseline(chance: Baseline) -> dict:
-    return {"mean": _round(chance.mean), "spread": _round(chance.standard_deviation)}
 
 
 def measure(series: Series, seeds: Iterable[int], windows: int | None = None, *, out: Path | None = None) -> dict:

@@ -67,15 +67,12 @@ def budget_of(series: Series, fraction: float = 0.25) -> tuple[int, int]:
 def choose(series: Series, choice: Choice, budget: int, seed: int, scores=None) -> Selection:
     """The documents of the training split that `choice` takes for `budget` tokens; `scores` as its score gives them."""
     rows = series.corpus["train"]
+    strata = [name for name in STRATA if name in rows.column_names]
     return select(
-        rows, scores, budget=budget, unit="tokens", strata=_strata(rows), allocation=choice.allocation,
+        rows, scores, budget=budget, unit="tokens", strata=strata, allocation=choice.allocation,
         order="random" if choice.score is None else choice.order, seed=seed,
         tokens_per_document=series.train_stream.document_lengths,
     )  # fmt: skip
-
-
-def _strata(rows) -> tuple[str, ...]:
-    return tuple(name for name in STRATA if name in rows.column_names)
 
 
 def run(series: Series, choice: Choice, selection: Selection, seed: int, updates: int, progress: bool = False) -> dict:
@@ -100,9 +97,7 @@ def run(series: Series, choice: Choice, selection: Selection, seed: int, updates
         "documents": len(selection),
         "documents_read": len(read),
         "tokens": selection.tokens,
-        "duplicates": sum(stratum["duplicates"] for stratum in selection.table),
         "chosen_by_stratum": [stratum["chosen"] for stratum in selection.table],
-        "tokens_by_stratum": [stratum["tokens"] for stratum in selection.table],
         "cpu_seconds": result.history[-1]["cpu_seconds"],
     }
     if "domain" in rows.column_names:
@@ -112,13 +107,7 @@ def run(series: Series, choice: Choice, selection: Selection, seed: int, updates
             for name in np.unique(domains).tolist()
         }
     if not choice.dense:
-        routing = evaluate_routing(model, series.validation_stream)
-        row |= {
-            "aux_loss": routing.aux_loss_L.tolist(),
-            "balance_by_layer": routing.balance_L.tolist(),
-            "balance": routing.balance,
-            "balanced_perplexity": routing.balanced_perplexity,
-        }
+        row["balance"] = evaluate_routing(model, series.validation_stream).balance
     return row
 
 
@@ -133,15 +122,10 @@ def study(
 ) -> dict:
     """All `choices` for all `seeds`, with date and setting; written to `out` after each run, whose rows are kept."""
     budget, updates = budget_of(series, fraction)
-    rows = series.corpus["train"]
-    whole = select(rows, None, budget=len(rows), strata=_strata(rows), order="random", near_duplicates=None)
     with torch_threads():
         parent, parent_run = series.dense_parent(progress=progress, verbose=False)
-        result = begin(series, out, "rows", fraction=fraction, budget=budget, updates=updates) | {
-            "strata": [[stratum[name] for name in whole.settings["strata"]] for stratum in whole.table],
-            "documents_by_stratum": [stratum["documents"] for stratum in whole.table],
-            "parent_loss": parent_run.final_loss,
-        }
+        result = begin(series, out, "rows", fraction=fraction, budget=budget, updates=updates)
+        result["parent_loss"] = parent_run.final_loss
         done = {(row["arm"], row["seed"]) for row in result["rows"]}
         scores = {None: None}
         for seed, choice in ((seed, choice) for seed in seeds for choice in choices if (choice.name, seed) not in done):
@@ -149,9 +133,8 @@ def study(
                 models = {"model": parent}
                 if choice.score == "excess":
                     models["moe"] = series.moe(0, progress=progress, verbose=False)[0]
-                scores[choice.score] = score_documents(
-                    rows, series.tokenizer, choice.score, progress=progress, **models
-                )
+                rows, name = series.corpus["train"], choice.score
+                scores[name] = score_documents(rows, series.tokenizer, name, progress=progress, **models)
             selection = choose(series, choice, budget, seed, scores[choice.score])
             result["rows"].append(run(series, choice, selection, seed, updates, progress))
             loss = result["rows"][-1]["val_loss"]
