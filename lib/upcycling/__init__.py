@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .core.shards import Granular as Granular, Partition as Partition
     from .core.transfer import upcycle as upcycle
     from .cost.account import account as account, flop_counter as flop_counter, side_by_side as side_by_side
-    from .cost.parameters import count_parameters as count_parameters, forward_flops as forward_flops
+    from .cost.parts import count_parameters as count_parameters, forward_flops as forward_flops
     from .cost.profile import time_by_kind as time_by_kind
     from .cost.references import REFERENCE as REFERENCE, published_claims as published_claims
     from .decoding.generation import generate as generate

@@ -6,7 +6,7 @@ import torch
 from upcycling.bench import generation as case
 from upcycling.bench.measure import Bench
 from upcycling.core.config import ModelConfig
-from upcycling.cost.parameters import count_parameters
+from upcycling.cost.parts import count_parameters
 
 TINY = ModelConfig.smol(vocab_size=61, d_model=16, n_layers=2, n_heads=2, d_ff=24, seq_len=16)
 

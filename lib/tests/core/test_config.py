@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from upcycling.core import moe as moe_module
 from upcycling.core.config import ACTIVATIONS, NORMS, POSITIONS, ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
-from upcycling.cost.parameters import count_parameters, forward_flops
+from upcycling.cost.parts import count_parameters, forward_flops
 from upcycling.cost.references import REFERENCE
 from upcycling.experiments.presets import PRESETS
 from upcycling.training.config import TrainConfig

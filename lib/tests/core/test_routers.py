@@ -38,7 +38,7 @@ from upcycling.core.routers import (
     as_router,
 )
 from upcycling.core.routing import expert_counts, expert_load, limit_capacity, route
-from upcycling.cost.parameters import count_parameters, forward_flops
+from upcycling.cost.parts import count_parameters, forward_flops
 from upcycling.routing.metrics import max_over_mean
 from upcycling.routing.snapshots import RoutingSnapshots
 from upcycling.text.stream import TokenStream

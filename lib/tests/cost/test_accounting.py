@@ -13,7 +13,7 @@ from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
 from upcycling.cost.account import account, flop_counter, side_by_side
 from upcycling.cost.activations import activation_bytes
-from upcycling.cost.parameters import count_parameters, forward_flops
+from upcycling.cost.parts import count_parameters, forward_flops
 from upcycling.cost.references import REFERENCE, published_claims
 from upcycling.kernels import choice
 from upcycling.kernels.expert_by_expert import MANY

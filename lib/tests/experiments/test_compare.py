@@ -17,7 +17,7 @@ from upcycling.core.initialisation import Copy, Drop
 from upcycling.core.routers import StraightThrough, TopP
 from upcycling.core.routing import expert_load
 from upcycling.core.transfer import upcycle
-from upcycling.cost.parameters import forward_flops
+from upcycling.cost.parts import forward_flops
 from upcycling.experiments import budgets, compare as compare_module
 from upcycling.experiments.arms import ARM_SETS, DENSE, Arm, upcycling_arms
 from upcycling.experiments.budgets import BUDGETS, costs, update_flops, updates_per_budget

@@ -10,7 +10,7 @@ from upcycling import record_routing
 from upcycling.core.config import MoEConfig
 from upcycling.cost.account import flop_counter
 from upcycling.cost.activations import activation_bytes
-from upcycling.cost.parameters import count_parameters
+from upcycling.cost.parts import count_parameters
 from upcycling.experiments.series import Series, new_model
 from upcycling.routing.metrics import coefficient_of_variation, dead_experts, load_per_expert
 

@@ -16,7 +16,7 @@ from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.experts import Linear, linear
 from upcycling.core.model import DecoderLM, loss_in_chunks
 from upcycling.core.routing import Routing
-from upcycling.kernels import choice, expert_by_expert, few_rows, gradient_memory, private, products
+from upcycling.kernels import choice, expert_by_expert, few_rows, private, products
 from upcycling.kernels.products import weight_gradient
 
 has_onednn = pytest.mark.skipif(
@@ -212,25 +212,25 @@ def test_frozen_experts_cost_no_gradients(monkeypatch):
 
 def test_memory_of_a_large_gradient_is_taken_again_when_it_is_out_of_use():
     weight = torch.nn.Parameter(torch.empty(2**23 + 1))
-    first = gradient_memory.gradient_like(weight)
+    first = expert_by_expert.gradient_like(weight)
     place = first.data_ptr()
     assert (first.shape, first.dtype, first.requires_grad) == (weight.shape, weight.dtype, False)
-    second = gradient_memory.gradient_like(weight)
+    second = expert_by_expert.gradient_like(weight)
     assert second.data_ptr() != place, "the first one is still there"
     view, place = second[5:6], second.data_ptr()
     del second
-    assert gradient_memory.gradient_like(weight).data_ptr() != place, "a part of it is still there"
+    assert expert_by_expert.gradient_like(weight).data_ptr() != place, "a part of it is still there"
     del view
-    third = gradient_memory.gradient_like(weight)
+    third = expert_by_expert.gradient_like(weight)
     place = third.data_ptr()
     del third
-    assert gradient_memory.gradient_like(weight).data_ptr() == place
-    assert weight in gradient_memory._last
+    assert expert_by_expert.gradient_like(weight).data_ptr() == place
+    assert weight in expert_by_expert._last
     small = torch.nn.Parameter(torch.empty(8, 8).t())
-    assert gradient_memory.gradient_like(small).stride() == small.stride() and small not in gradient_memory._last
-    before = len(gradient_memory._last)
+    assert expert_by_expert.gradient_like(small).stride() == small.stride() and small not in expert_by_expert._last
+    before = len(expert_by_expert._last)
     del weight
-    assert len(gradient_memory._last) == before - 1, "it goes with its weight"
+    assert len(expert_by_expert._last) == before - 1, "it goes with its weight"
 
 
 @has_onednn
@@ -240,7 +240,7 @@ def test_gradients_in_kept_memory_are_those_of_each_update(monkeypatch):
     experts, *_ = experts_of("gelu", 4, [1, 1, 1, 1])
     kept, expected, taken = [], [], []
     for kept_from in (2**62, 0):  # never, always
-        monkeypatch.setattr(gradient_memory, "KEPT_BYTES", kept_from)
+        monkeypatch.setattr(expert_by_expert, "KEPT_BYTES", kept_from)
         for p in experts.parameters():
             p.grad = None
         found = []

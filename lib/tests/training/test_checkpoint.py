@@ -18,7 +18,7 @@ from upcycling import files
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
 from upcycling.text.stream import TokenStream
-from upcycling.training import checkpoint, run_files
+from upcycling.training import checkpoint
 from upcycling.training.checkpoint import load_model, save_model
 from upcycling.training.config import TrainConfig
 from upcycling.training.evaluation import evaluate
@@ -90,9 +90,9 @@ MOMENTS = {
     "while a file is being written": lambda: kill_at_call(files, "save_file", 4, half_a_file),
     "before the file is flushed": lambda: kill_at_call(files.os, "fsync", 5),
     "between writing and renaming": lambda: kill_at_call(files.os, "replace", 5),
-    "in the middle of a line of history": lambda: kill_at_call(run_files.RunFiles, "append", 5, half_a_row),
-    "between history and checkpoint": lambda: kill_at_call(run_files, "save_checkpoint", 5),
-    "after the last update, before the last checkpoint": lambda: kill_at_call(run_files, "save_checkpoint", 6),
+    "in the middle of a line of history": lambda: kill_at_call(checkpoint.RunFiles, "append", 5, half_a_row),
+    "between history and checkpoint": lambda: kill_at_call(checkpoint, "save_checkpoint", 5),
+    "after the last update, before the last checkpoint": lambda: kill_at_call(checkpoint, "save_checkpoint", 6),
 }
 
 

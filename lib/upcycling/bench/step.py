@@ -16,7 +16,7 @@ from torch import nn
 from ..core.config import ModelConfig, MoEConfig
 from ..core.experts import linear
 from ..core.model import DecoderLM
-from ..cost.parameters import forward_flops
+from ..cost.parts import forward_flops
 from ..hf.decoder_lm import to_hf
 from .measure import Bench, Comparison, compared
 

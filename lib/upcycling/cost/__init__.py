@@ -2,8 +2,7 @@
 
 Read in this order:
 
-- `parts.py`        a model's parts as counting needs them, read from its modules, ours and transformers'
-- `parameters.py`   parameters and FLOPs of a configuration
+- `parts.py`        a model's parts as counting needs them, ours and transformers'; parameters and FLOPs
 - `account.py`      `account`, `side_by_side`: parameters, FLOPs, memory, intensity of either kind of model
 - `activations.py`  the memory that the backward pass keeps, measured
 - `profile.py`      `time_by_kind`: where the seconds go

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.config import ModelConfig, MoEConfig
 from ..tables import Table
-from .parameters import count_parameters, forward_flops
+from .parts import count_parameters, forward_flops
 
 
 def _config(shape: str, moe: dict | None = None, **sizes: Any) -> ModelConfig:

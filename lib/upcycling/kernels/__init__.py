@@ -7,8 +7,8 @@ be deleted and everything else still works, slower, and UPCYCLING_KERNELS=0 turn
     private            the private names of torch, each tried once; they stand nowhere else in the library
     products           float32 products by oneDNN, twice MKL's speed on AMD processors with AVX-512
     few_rows           products of one to four rows, as in generation; FLOPs that NumPy computes are announced
-    expert_by_expert   the experts' products one expert after the other, with a backward pass of their own
-    gradient_memory    the memory of a large gradient, kept from one update to the next
+    expert_by_expert   the experts' products one expert after the other, with a backward pass of their own, which keeps
+                       the memory of a large gradient from one update to the next
 
 A kernel computes what the plain path computes, up to rounding: values and gradients are tested beside it. It may import
 `files`, and nothing of the library above that: what it works on is given to it. No lesson looks in here.

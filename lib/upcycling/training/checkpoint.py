@@ -13,11 +13,14 @@ anything is changed: a file that does not fit raises one sentence and leaves mod
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +29,8 @@ from torch.optim import Optimizer
 
 from ..core.config import ModelConfig
 from ..core.model import DecoderLM
-from ..files import FORMAT, read_tensors, write_tensors
-from .random_state import random_states, set_random_states
-from .records import Standing
+from ..files import FORMAT, read_tensors, write_tensors, write_text
+from .records import Row, Standing, stop
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -200,3 +202,73 @@ def _check_setup(saved: dict, current: dict) -> None:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"it is none of this library's ({error!r})"
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Torch's random states: the CPU's and, if it is another, the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    return states if device.type == "cpu" else states | {"device": torch.get_device_module(device).get_rng_state()}
+
+
+def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Go on from `random_states`; RuntimeError for what is no state."""
+    torch.set_rng_state(states["cpu"])
+    if "device" in states:
+        torch.get_device_module(device).set_rng_state(states["device"])
+
+
+@contextmanager
+def private_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave torch's random states as they were found, whatever happens inside."""
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        set_random_states(device, states)
+
+
+class RunFiles:
+    """`latest.safetensors`, `best.safetensors` and `history.jsonl` in one directory."""
+
+    def __init__(self, directory: str | os.PathLike):
+        folder = Path(directory)
+        self.latest, self.best = folder / "latest.safetensors", folder / "best.safetensors"
+        self.history = folder / "history.jsonl"
+        self.saved_step: int | None = None
+
+    def open(self, run: Run, resume: bool) -> None:
+        """Take up the run whose checkpoint is in the directory, or start a new one there."""
+        if resume and self.latest.exists():
+            load_checkpoint(self.latest, run)
+            self.saved_step = run.standing.step
+            # Rows behind the checkpoint will be made again; what follows the last line break was cut off by a kill.
+            text = self.history.read_text(encoding="utf-8") if self.history.exists() else ""
+            rows = map(json.loads, text.split("\n")[:-1])
+            run.history = [row for row in rows if row["step"] <= run.standing.step]
+        run.accelerator.wait_for_everyone()
+        if run.accelerator.is_main_process:
+            if not resume:
+                for path in (self.latest, self.best):
+                    path.unlink(missing_ok=True)
+            write_text(self.history, "".join(json.dumps(row) + "\n" for row in run.history))
+
+    def append(self, row: Row) -> None:
+        """Add a row to the history."""
+        try:
+            with open(self.history, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            remedy = "free disk space; the checkpoint is intact"
+            raise OSError(f"could not write {self.history} ({error}): {remedy}") from error
+
+    def save_best(self, run: Run) -> None:
+        """Write the weights, which have the lowest validation loss so far."""
+        save_model(run.model, self.best, step=run.standing.step, val_loss=run.standing.val_loss)
+
+    def save(self, run: Run) -> None:
+        """Write the checkpoint; RuntimeError for weights that are not finite. Called by every process."""
+        if not all(torch.isfinite(parameter).all() for parameter in run.model.parameters()):
+            stop(run, "a weight", math.inf, run.standing.step, run.optimizer.param_groups[0]["lr"])
+        save_checkpoint(self.latest, run)
+        self.saved_step = run.standing.step
+        run.accelerator.wait_for_everyone()

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from ..core.model import DecoderLM, evaluating
 from ..text.stream import TokenStream
+from .checkpoint import RunFiles, private_random_numbers
 from .config import TrainConfig
 from .evaluation import evaluate
 from .optim import optimizer_of, scheduler_of, set_optimizer_state
 from .preparation import check_settings, let_go, make_accelerator
-from .random_state import private_random_numbers
 from .records import Row, Standing, TrainResult, stop
-from .run_files import RunFiles
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
