@@ -1,6 +1,5 @@
-"""Recording: exactly what each router did, by hand; nothing changed; which tokens; memory; errors."""
+"""Recording: exactly what each router did, by hand; nothing changed; which tokens; errors."""
 
-import gc
 import html
 import importlib
 from contextlib import nullcontext
@@ -379,63 +378,6 @@ def test_wrapped_models(family):
     with record_routing(wrapper) as trace, record_routing(model) as plain:
         wrapper(x_BT)
     assert all(torch.equal(getattr(trace, name), getattr(plain, name)) for name in FIELDS)
-
-
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize("family", ["DecoderLM", "Glm4Moe"])
-def test_small_memory_limit_gives_the_same_trace_from_files(family, tmp_path):
-    model, folder, limit = MODELS[family](), tmp_path / "not" / "there", 3000
-    with record_routing(model) as in_memory, record_routing(model, memory_limit=limit, directory=folder) as trace:
-        for step in range(9):
-            mask = {} if family == "DecoderLM" else {"attention_mask": (torch.arange(6) != step).long().expand(2, 6)}
-            model(tokens(2, 6, seed=step), **mask)
-            assert trace._store.resident_bytes <= limit
-            held = sum(t.nbytes for chunks in trace._store.chunks.values() for t in chunks)
-            assert held == trace._store.resident_bytes
-            if step == 4:
-                early = trace.logits.clone()  # reading in between
-    assert in_memory._store.folder is None and "memory-mapped" in repr(trace)
-    assert len(trace) == len(in_memory)
-    for name in FIELDS:
-        a, b = getattr(trace, name), getattr(in_memory, name)
-        assert torch.equal(a, b) and a.dtype == b.dtype, name
-    assert torch.equal(early, trace.logits[:, : early.shape[1]])
-    files = [*folder.rglob("*.bin")]
-    assert sum(file.stat().st_size for file in files) == sum(getattr(in_memory, name).nbytes for name in FIELDS)
-    trace.logits[:] = 0  # a reader's own copy
-    assert torch.equal(trace.logits, in_memory.logits)
-    trace.save(tmp_path / "trace.safetensors")
-    assert torch.equal(RoutingTrace.load(tmp_path / "trace.safetensors").weights, in_memory.weights)
-    chosen, kept = trace.select(torch.tensor([3, 1])), trace.position
-    del trace, a
-    gc.collect()
-    assert [*folder.iterdir()] == [], "the files go with the trace"
-    assert torch.equal(kept, in_memory.position) and torch.equal(chosen.logits, in_memory.logits[:, [3, 1]])
-
-
-def test_disk_errors(tmp_path):
-    model = decoder_lm()
-    (tmp_path / "file").write_text("")
-    with record_routing(model, memory_limit=0, directory=tmp_path / "file") as trace:
-        with pytest.raises(OSError, match="free disk space, choose another `directory`"):
-            model(tokens(1, 2))
-        model(tokens(1, 2))  # the model is none the worse for it
-    with pytest.raises(ValueError, match="closed"):
-        trace.logits  # noqa: B018
-    assert "closed" in repr(trace) and [*tmp_path.iterdir()] == [tmp_path / "file"]
-    assert hooks_of(model) == []
-
-
-def test_nothing_of_the_models_is_kept():
-    """A tensor that the model goes on to change must not change the trace."""
-    model, x_BT = moe_model("Mixtral"), tokens(1, 4)
-    with record_routing(model) as trace, torch.no_grad():
-        model(x_BT)
-    before = trace.tokens.clone()
-    x_BT.zero_()
-    assert torch.equal(trace.tokens, before)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -166,17 +166,6 @@ def test_sequences_recorded_by_turns_are_put_in_order(path):
     assert data["chosen"][1] == trace.expert_ids[1][data["ids"]].tolist()
 
 
-def test_a_trace_in_files_will_do(path, tmp_path):
-    from upcycling import DecoderLM, ModelConfig, MoEConfig, record_routing
-
-    config = ModelConfig.simple(vocab_size=64, d_model=16, n_layers=2, n_heads=2, d_ff=32, seq_len=16)
-    model = DecoderLM(ModelConfig.from_dict(config.to_dict() | {"moe": vars(MoEConfig(num_experts=4, top_k=2))}))
-    with torch.no_grad(), record_routing(model, memory_limit=1, directory=tmp_path) as trace:
-        model(torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0)))
-    save_report(trace, path, labels=torch.arange(48) % 3)
-    assert Page(path).data["chosen"] == trace.expert_ids.tolist()
-
-
 def test_what_cannot_be_reported_is_refused(path):
     with pytest.raises(ValueError, match="40 tokens"):
         save_report(trace_of(), path, labels=["a"])

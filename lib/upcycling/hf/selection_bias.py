@@ -14,8 +14,8 @@ Shapes: B batch, T sequence, N tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..core.model import DecoderLM
 from ..core.routing import count_ids
-from ..routing.record import Forward, containers_of, refuse_compiled
+from ..routing.hf_routers import unpack
+from ..routing.record import Forward, refuse_compiled
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -48,7 +49,7 @@ class _Biased:
         return getattr(self.holder, self.bias_name)
 
 
-class SelectionBiasMover:
+class SelectionBiasMover(AbstractContextManager):
     """Counts each expert's choices in training forwards and moves the biases of `model` by `rate` in `step()`.
 
     Counted is what happens in training mode, over any number of micro-batches; evaluation, blocks that gradient
@@ -64,7 +65,7 @@ class SelectionBiasMover:
         for module in model.modules():
             if isinstance(module, DecoderLM):
                 raise ValueError('a DecoderLM\'s rule moves by itself: upcycle with MoEConfig(router="selection_bias")')
-            refuse_compiled(module, also="OptimizedModule")
+        refuse_compiled(*model.modules())
         self.rate = rate
         self._layers = _find_biased(model)
         if not self._layers:
@@ -74,12 +75,7 @@ class SelectionBiasMover:
             )
         self._forward = Forward()
         self._handles = [layer.module.register_forward_hook(self._collect(layer)) for layer in self._layers]
-        for module in containers_of(model, [layer.name for layer in self._layers]):
-            names = [*inspect.signature(module.forward).parameters]
-            self._handles += [
-                module.register_forward_pre_hook(self._enter(names), with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
+        self._handles += self._forward.hooks(model, [layer.name for layer in self._layers])
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
@@ -118,37 +114,20 @@ class SelectionBiasMover:
         for handle in self._handles:
             handle.remove()
 
-    def __enter__(self) -> SelectionBiasMover:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _enter(self, names: list[str]) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._forward.module in (None, module):  # or left over from a forward that did not end
-                self._forward.begin(module)
-            self._forward.see(dict(zip(names, args, strict=False)) | kwargs)
-
-        return hook
 
     def _collect(self, layer: _Biased) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if self._forward.module is None or not module.training:
                 return
-            if not (isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()):
-                raise ValueError(f"{type(module).__name__} did not return (logits, weights, expert ids)")
-            ids_NK = output[2].detach()
+            ids_NK = unpack(module, output)[2].detach()
             if self._forward.mask_BS is not None and self._forward.shape is not None:
                 real_BT = self._forward.mask_BS[:, -self._forward.shape[1] :]
                 ids_NK = ids_NK[real_BT.flatten().to(ids_NK.device).bool()]
             layer.counts_E.add_(count_ids(ids_NK, layer.bias.numel()).to(layer.counts_E))
 
         return hook
-
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._forward.module is module:
-            self._forward.module = None
 
 
 def _find_biased(model: nn.Module) -> list[_Biased]:

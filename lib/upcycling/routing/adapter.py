@@ -6,7 +6,6 @@ Shapes: B batch, T sequence, N tokens, V vocabulary, E experts, K experts per to
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,16 +85,17 @@ class TransformersLM(nn.Module):
         DeepSeek-V3's balance loss (arXiv:2412.19437, eq. 18). Both carry the gradient. Ids and weights are the model's.
         """
         DecoderLM._check(cast(DecoderLM, self), tokens_BT, 0)
-        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        found: dict[nn.Module, Any] = {}  # no arithmetic in the hook: blocks that are recomputed would miss it
         with ExitStack() as hooks:  # for this call alone: a block that is recomputed in the backward pass calls none
             for router in self.routers:
-                hooks.callback(router.module.register_forward_hook(_collector(router, found)).remove)
+                hook = router.module.register_forward_hook(lambda module, _, output: found.update({module: output}))
+                hooks.callback(hook.remove)
             options = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
             logits_BTV = self.model(input_ids=tokens_BT, use_cache=False, **options).logits
         loss = None
         if targets_BT is not None:
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE)
-        routings = [_routing(router, found[router.layer]) for router in self.routers]
+        routings = [_routing(router, found[router.module]) for router in self.routers]
         return LMOutput(logits_BTV, loss, routings, len(tokens_BT))
 
     def objective(self, output: LMOutput) -> Tensor:
@@ -125,16 +125,8 @@ class TransformersLM(nn.Module):
         return settings | {"class": type(self.model).__name__, "aux_weight": self.config.moe.aux_weight}
 
 
-def _collector(router: FoundRouter, found: dict) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        # no arithmetic here: blocks that are recomputed would miss it the second time
-        found[router.layer] = unpack(router, output)
-
-    return hook
-
-
-def _routing(router: FoundRouter, output: tuple[Tensor, Tensor, Tensor]) -> Routing:
-    logits_NE, weights_NK, expert_ids_NK = output
+def _routing(router: FoundRouter, output: Any) -> Routing:
+    logits_NE, weights_NK, expert_ids_NK = unpack(router.module, output)
     probabilities_NE = router.probabilities(logits_NE)
     probabilities_NE = probabilities_NE / probabilities_NE.sum(-1, keepdim=True)
     return Routing(logits_NE.float(), probabilities_NE, expert_ids_NK, weights_NK)

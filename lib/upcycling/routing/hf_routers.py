@@ -92,13 +92,13 @@ class FoundRouter:
 
     def logits(self, output: Any) -> Tensor:
         """logits_NE in `output`, what `module` returned."""
-        return output if isinstance(self.holder, MoELayer) else unpack(self, output)[0]
+        return output if isinstance(self.holder, MoELayer) else unpack(self.module, output)[0]
 
     def rerouted(self, output: Any, logits_NE: Tensor) -> Any:
         """What `module` would have returned for these logits, in the layout and dtypes of `output`."""
         if isinstance(self.holder, MoELayer):
             return logits_NE  # the layer itself takes softmax, top-k and weights from here
-        _, weights_NK, _ = unpack(self, output)
+        _, weights_NK, _ = unpack(self.module, output)
         rule = _rule(self.holder) or softmax_then_top_k  # one of these it has, or it would not have been found
         new_weights_NK, expert_ids_NK = rule(self.holder, logits_NE)
         return logits_NE, new_weights_NK.to(weights_NK.dtype), expert_ids_NK
@@ -138,12 +138,12 @@ def _rule(module: nn.Module) -> Rule | None:
     return next((RULES[base.__name__] for base in type(module).__mro__ if base.__name__ in RULES), None)
 
 
-def unpack(router: FoundRouter, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(router: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(logits_NE, weights_NK, expert_ids_NK) that a transformers router returned; ValueError for another layout."""
     fits = isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
     if not fits or output[1].shape != output[2].shape:
         raise ValueError(
-            f"{type(router.module).__name__} did not return (logits, weights, expert ids), as it does in transformers "
+            f"{type(router).__name__} did not return (logits, weights, expert ids), as it does in transformers "
             f"5.23; {version('transformers')} is installed"
         )
     return output

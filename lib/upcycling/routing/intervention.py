@@ -76,8 +76,7 @@ def intervene(
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
-    for module in model.modules():
-        refuse_compiled(module, also="OptimizedModule")
+    refuse_compiled(*model.modules())
     routers = {router.layer: router for router in find_routers(model)}
     _refuse_deaf_rules(routers, top_k, remove is not None or force is not None or temperature != 1)
     removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))

@@ -15,7 +15,6 @@ not recorded.
 from __future__ import annotations
 
 import inspect
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,22 +27,18 @@ from ..core.model import DecoderLM, LMOutput
 from ..core.moe import MoELayer
 from ..core.routing import refuse_varying_choices
 from .hf_routers import FoundRouter, find_routers, unpack
-from .trace import FIELDS, PER_LAYER, PER_TOKEN, RoutingTrace, Store
+from .trace import FIELDS, PER_LAYER, PER_TOKEN, RoutingTrace
 
-MIB = 2**20
 Decision = tuple[Tensor, Tensor, Tensor, Tensor]  # logits_NE, probabilities_NE, expert_ids_NK, weights_NK
 
 
 @contextmanager
-def record_routing(
-    model: nn.Module, *, memory_limit: int = 256 * MIB, directory: str | os.PathLike | None = None
-) -> Iterator[RoutingTrace]:
+def record_routing(model: nn.Module) -> Iterator[RoutingTrace]:
     """Record the routing of every forward of `model` inside the context; the yielded trace grows with each.
 
     Works for `DecoderLM` and the transformers classes of `hf_routers.RULES`, also wrapped, in training and
     evaluation, in any dtype and on any device; changes no output. Tokens whose `attention_mask` (B, T) is 0 are left
-    out. Forwards with a key/value cache continue their sequences. A trace of more than `memory_limit` bytes moves to a
-    temporary folder (inside `directory`, if given) that is deleted with it. A `DecoderLM` compiled by
+    out. Forwards with a key/value cache continue their sequences. A `DecoderLM` compiled by
     `torch.compile(model)` is recorded when that compiled model is what is given here.
 
     What a `capacity_factor` dropped is recorded as chosen, with weight 0.
@@ -53,18 +48,17 @@ def record_routing(
     that number varies from token to token.
     """
     routers = find_routers(model)
-    store = Store(memory_limit, directory)
-    trace = RoutingTrace._recording([router.layer for router in routers], store)
+    trace = RoutingTrace._empty(router.layer for router in routers)
     with ExitStack() as hooks:
         record = _record_decoder_lm if isinstance(routers[0].holder, MoELayer) else _record_transformers
-        for handle in record(model, routers, store):
+        for handle in record(model, routers, trace):
             hooks.callback(handle.remove)
         yield trace
 
 
-def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], store: Store) -> list:
+def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], trace: RoutingTrace) -> list:
     """One hook on the model's output, which carries a Routing per layer; outside of what torch.compile has compiled."""
-    refuse_compiled(model)
+    refuse_compiled(getattr(model, "_orig_mod", model))
     names = list(inspect.signature(DecoderLM.forward).parameters)[1:]  # a wrapper's own are (*args, **kwargs)
     sequences = _Sequences()
 
@@ -79,42 +73,32 @@ def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], store: Stor
         for routing in output.routings:
             refuse_varying_choices(routing)
         decisions = [(r.logits_NE, r.probabilities_NE, r.expert_ids_NK, r.weights_NK) for r in output.routings]
-        _append(store, routers, decisions, tokens_BT, tokens_BT.shape, None, first, past)
+        _append(trace, routers, decisions, tokens_BT, tokens_BT.shape, None, first, past)
 
     return [model.register_forward_hook(record, with_kwargs=True)]
 
 
-def _record_transformers(model: nn.Module, routers: list[FoundRouter], store: Store) -> list:
+def _record_transformers(model: nn.Module, routers: list[FoundRouter], trace: RoutingTrace) -> list:
     """Hooks on the routers, and on each module that contains all layers: the outermost one called is the forward."""
-    for module in model.modules():
-        refuse_compiled(module, also="OptimizedModule")
+    refuse_compiled(*model.modules())
     forward = Forward()
     sequences = _Sequences()
 
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if forward.module in (None, module):  # or left over from a forward that did not end
-            forward.begin(module)
-            for router, handle in zip(routers, collectors, strict=True):  # behind hooks that came later and change it
-                router.module._forward_hooks.move_to_end(handle.id)
-        forward.see(dict(zip(names[module], args, strict=False)) | kwargs)
+    def begin() -> None:
+        for router, handle in zip(routers, collectors, strict=True):  # behind hooks that came later and change it
+            router.module._forward_hooks.move_to_end(handle.id)
 
     def collect(router: FoundRouter) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if forward.module is not None:
                 if router.layer in forward.decisions:
                     raise ValueError(f"{router.name} was called twice in one forward; such models cannot be recorded")
-                forward.decisions[router.layer] = unpack(router, output)
+                forward.decisions[router.layer] = unpack(module, output)
 
         return hook
 
     @_outside_of_autograd
-    def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if forward.module is not module:
-            return
-        forward.module = None
-        if output is None:  # the forward raised
-            forward.decisions = {}
-            return
+    def end(module: nn.Module, output: Any) -> None:
         if forward.shape is None:
             raise ValueError(
                 f"{type(module).__name__} was given neither input_ids nor inputs_embeds; record the language model"
@@ -125,31 +109,53 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], store: St
                 f"layer {missing[0]} made no routing: what was called is a compiled copy of the model, or uses a "
                 f"kernel in place of {type(routers[0].module).__name__}; call the plain model inside the context"
             )
-        tokens_BT, shape, cache = forward.tokens_BT, forward.shape, forward.cache
-        first = sequences.first_of(cache, forward.past, shape[0])
-        sequences.remember(getattr(output, "past_key_values", None), first, shape[0])
+        first = sequences.first_of(forward.cache, forward.past, forward.shape[0])
+        sequences.remember(getattr(output, "past_key_values", None), first, forward.shape[0])
         decisions = []
         for router in routers:
-            logits_NE, weights_NK, expert_ids_NK = forward.decisions.pop(router.layer)
+            logits_NE, weights_NK, expert_ids_NK = forward.decisions[router.layer]
             decisions.append((logits_NE, router.probabilities(logits_NE), expert_ids_NK, weights_NK))
-        _append(store, routers, decisions, tokens_BT, shape, forward.mask_BS, first, forward.past)
+        _append(trace, routers, decisions, forward.tokens_BT, forward.shape, forward.mask_BS, first, forward.past)
 
-    around = containers_of(model, [router.name for router in routers])
-    names = {module: [*inspect.signature(module.forward).parameters] for module in around}
     collectors = [router.module.register_forward_hook(collect(router)) for router in routers]
-    return [
-        *collectors,
-        *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in around],
-        *[module.register_forward_hook(leave, with_kwargs=True, always_call=True) for module in around],
-    ]
+    return [*collectors, *forward.hooks(model, [router.name for router in routers], begin, end)]
 
 
 class Forward:
-    """What is known of the forward in progress; `module` is None between forwards."""
+    """What is known of the forward in progress of a transformers model; `module` is None between forwards."""
 
     module: nn.Module | None = None
 
-    def begin(self, module: nn.Module) -> None:
+    def hooks(
+        self, model: nn.Module, names: list[str], begin: Callable | None = None, end: Callable | None = None
+    ) -> list:
+        """Hooks that follow the forwards of `model`, on the modules around what has these names: its routers.
+
+        `begin()` is called before each forward, `end(module, output)` after one that did not raise.
+        """
+        around = _around(model, names)
+        parameters = {module: [*inspect.signature(module.forward).parameters] for module in around}
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self.module in (None, module):  # or left over from a forward that did not end
+                self._reset(module)
+                if begin is not None:
+                    begin()
+            self._see(dict(zip(parameters[module], args, strict=False)) | kwargs)
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> None:
+            if self.module is module:
+                self.module = None
+                if end is not None and output is not None:  # None: the forward raised
+                    end(module, output)
+                self.decisions.clear()
+
+        return [
+            *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in around],
+            *[module.register_forward_hook(leave, always_call=True) for module in around],
+        ]
+
+    def _reset(self, module: nn.Module) -> None:
         self.module = module
         self.decisions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.tokens_BT: Tensor | None = None
@@ -158,7 +164,7 @@ class Forward:
         self.cache: Any = None
         self.past = 0
 
-    def see(self, given: dict) -> None:
+    def _see(self, given: dict) -> None:
         """Take from one module's arguments what no outer one was given."""
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
@@ -194,7 +200,7 @@ class _Sequences:
 
 
 def _append(
-    store: Store,
+    trace: RoutingTrace,
     routers: list[FoundRouter],
     decisions: list[Decision],
     tokens_BT: Tensor | None,
@@ -230,10 +236,10 @@ def _append(
     chunk = {name: torch.stack([x.to(device) for x in layers])[:, keep_N] for name, layers in per_layer}
     chunk |= {name: values_BT.to(device).flatten()[keep_N] for name, values_BT in per_token}
     # stack made copies, and so must the fields per token be: nobody's tensor is kept
-    store.append({name: values.to("cpu", FIELDS[name], copy=name in PER_TOKEN) for name, values in chunk.items()})
+    trace._append({name: values.to("cpu", FIELDS[name], copy=name in PER_TOKEN) for name, values in chunk.items()})
 
 
-def containers_of(model: nn.Module, names: list[str]) -> list[nn.Module]:
+def _around(model: nn.Module, names: list[str]) -> list[nn.Module]:
     """The modules around the blocks that hold modules of these names: the model, and what may be called instead."""
     path = names[0].split(".")
     depth = next((i for i, part in enumerate(path) if part.isdigit()), 0)
@@ -246,10 +252,12 @@ def _outside_of_autograd(hook: Callable) -> Callable:
     return torch.inference_mode(False)(torch.no_grad()(hook))
 
 
-def refuse_compiled(module: nn.Module, also: str = "") -> None:
+def refuse_compiled(*modules: nn.Module) -> None:
     """Compiled code may leave out hooks that were registered after it was made."""
-    if module._compiled_call_impl is not None or type(module).__name__ == also:
-        raise ValueError(
-            f"{type(module).__name__} is compiled, and hooks inside it may be left out: give and call the model that "
-            "is not compiled (record_routing also takes a DecoderLM compiled as a whole by torch.compile(model))"
-        )
+    for module in modules:
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            raise ValueError(
+                f"{type(module).__name__} is compiled, and hooks inside it may be left out: give and call the model "
+                "that is not compiled (record_routing also takes a DecoderLM compiled as a whole by "
+                "torch.compile(model))"
+            )
