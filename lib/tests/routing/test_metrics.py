@@ -8,7 +8,6 @@ from hypothesis import given, settings, strategies as st
 
 from upcycling.routing.metrics import (
     balance_score,
-    balanced_perplexity,
     coactivation,
     coefficient_of_variation,
     dead_experts,
@@ -137,13 +136,6 @@ def test_ids_that_cannot_be_are_named(ids, message):
     for call in (load_per_expert, coactivation):
         with pytest.raises(ValueError, match=message):
             call(ids, 4)
-
-
-def test_balanced_perplexity_by_hand():
-    assert balanced_perplexity(math.log(3), 1.0) == pytest.approx(3)
-    assert balanced_perplexity(math.log(3), 0.5, beta=2.0) == pytest.approx(3 * math.e)
-    assert balanced_perplexity(1.0, 0.0, beta=0.0) == pytest.approx(math.e)
-    close(balanced_perplexity(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])), [1.0, math.e**2], rtol=1e-6, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------- specialisation

@@ -51,7 +51,7 @@ def study(series: Series, seed: int, windows: int | None = None) -> dict:
         raise ValueError(f"corpus {series.name!r} has no domains to compare; use worlds, or one with a column 'domain'")
     model, result = series.moe(seed, verbose=False)
     costs = knockout(model, windows_by_domain)
-    layers, num_experts, num_domains = costs.layers, len(costs.experts), len(costs.domains)
+    layers, num_experts, num_domains = costs.layers, costs.deltas_LEC.shape[1], len(costs.domains)
 
     with record_routing(model) as trace:
         base = domain_losses(model, windows_by_domain)

@@ -28,7 +28,7 @@ from .hf_routers import FoundRouter, find_routers
 from .record import refuse_compiled
 
 _ROWS = 16  # windows per forward pass: their logits are what needs memory
-Experts = Mapping[int, Sequence[int]] | Sequence[int] | None
+Experts = Mapping[int, Sequence[int]] | Sequence[int]
 Windows = Mapping[str, tuple[Tensor, Tensor]]  # domain -> (tokens_BT, targets_BT)
 
 
@@ -57,15 +57,14 @@ class _Rerouting:
 def intervene(
     model: nn.Module,
     *,
-    remove: Experts = None,
-    force: Experts = None,
+    remove: Experts = (),
     top_k: int | None = None,
     temperature: float = 1.0,
 ) -> Iterator[nn.Module]:
     """Inside this context the routers choose otherwise; every weight stays, and all is as before on the way out.
 
-    `remove` takes experts out of the choice, `force` leaves only those: {layer: [experts]}, or [experts] for every MoE
-    layer (layers count blocks from 0, dense ones too). A removed expert's logit becomes -inf before the softmax, so
+    `remove` takes experts out of the choice: {layer: [experts]}, or [experts] for every MoE layer (layers count
+    blocks from 0, dense ones too). A removed expert's logit becomes -inf before the softmax, so
     the next best take over and the model's own rule makes the combine weights of what is left. `top_k` experts
     compute each token; `temperature` divides the logits, which above 1 makes the weights more alike. Contexts nest:
     what an outer one removed stays removed, temperatures multiply, the inner `top_k` holds.
@@ -78,8 +77,8 @@ def intervene(
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0; 1 changes nothing")
     refuse_compiled(*model.modules())
     routers = {router.layer: router for router in find_routers(model)}
-    _refuse_deaf_rules(routers, top_k, remove is not None or force is not None or temperature != 1)
-    removed, forced = (_per_layer(name, experts, routers) for name, experts in (("remove", remove), ("force", force)))
+    removed = _per_layer(remove, routers)
+    _refuse_deaf_rules(routers, top_k, any(removed.values()) or temperature != 1)
     changes = []
     if top_k is not None:
         top_k = whole_number("top_k", top_k)
@@ -88,8 +87,7 @@ def intervene(
         if top_k is not None and not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
         chosen = router.holder.top_k if top_k is None else top_k
-        allowed_E = torch.full((num_experts,), layer not in forced)
-        allowed_E[forced.get(layer, [])] = True
+        allowed_E = torch.ones(num_experts, dtype=torch.bool)
         allowed_E[removed.get(layer, [])] = False
         for outer in router.module._forward_hooks.values():
             if isinstance(outer, _Rerouting):
@@ -130,22 +128,20 @@ def _refuse_deaf_rules(routers: Mapping[int, FoundRouter], top_k: int | None, sc
             )
 
 
-def _per_layer(name: str, experts: Experts, routers: Mapping[int, FoundRouter]) -> dict[int, list[int]]:
-    """{layer: [experts]} of what was asked; layers that nothing was asked of are left out."""
-    if experts is None:
-        return {}
-    if not isinstance(experts, Mapping):
-        experts = dict.fromkeys(routers, experts)
-    chosen = {}
-    for layer, ids in experts.items():
+def _per_layer(remove: Experts, routers: Mapping[int, FoundRouter]) -> dict[int, list[int]]:
+    """{layer: [experts]} of what is to be removed; layers that keep all of theirs may be left out."""
+    if not isinstance(remove, Mapping):
+        remove = dict.fromkeys(routers, remove)
+    removed = {}
+    for layer, ids in remove.items():
         if layer not in routers:
-            raise ValueError(f"{name} names layer {layer}, but the layers with experts are {[*routers]}")
+            raise ValueError(f"remove names layer {layer}, but the layers with experts are {[*routers]}")
         num_experts = routers[layer].num_experts
-        chosen[layer] = [whole_number(f"{name} of layer {layer}: expert", expert) for expert in ids]
-        for expert in chosen[layer]:
+        removed[layer] = [whole_number(f"remove of layer {layer}: expert", expert) for expert in ids]
+        for expert in removed[layer]:
             if not 0 <= expert < num_experts:
-                raise ValueError(f"{name} names expert {expert} of layer {layer}; choose 0..{num_experts - 1}")
-    return chosen
+                raise ValueError(f"remove names expert {expert} of layer {layer}; choose 0..{num_experts - 1}")
+    return removed
 
 
 @torch.no_grad()
@@ -187,7 +183,7 @@ class KnockoutTable:
 
     `deltas_LEC` is the loss without the expert minus the loss with all, `errors_LEC` its standard error over the
     windows, `base_loss_C` the loss with all, `tokens_C` the targets it was measured on. `layers` are block numbers,
-    `experts` and `domains` name the other two axes. `chance_spreads`: see `worst`.
+    `domains` names the last axis. `chance_spreads`: see `worst`.
     """
 
     deltas_LEC: Tensor
@@ -195,7 +191,6 @@ class KnockoutTable:
     base_loss_C: Tensor
     tokens_C: Tensor
     layers: tuple[int, ...]
-    experts: tuple[int, ...]
     domains: tuple[str, ...]
     chance_spreads: float
 
@@ -215,36 +210,27 @@ class KnockoutTable:
         """
         measured = (*_margins(self.deltas_LEC, self.errors_LEC), self.deltas_LEC.amax(-1))
         rows = []
-        for key, *values in zip(product(self.layers, self.experts), *(column_LE.flatten() for column_LE in measured)):
+        places = product(self.layers, range(self.deltas_LEC.shape[1]))
+        for key, *values in zip(places, *(column_LE.flatten() for column_LE in measured)):
             margin, error, spreads, worst, delta = (value.item() for value in values)
             row = dict(layer=key[0], expert=key[1], domain=self.domains[int(worst)], delta=delta)
             rows.append(row | dict(margin=margin, error=error, spreads=spreads))
         return sorted(rows, key=lambda row: -row["margin"])
 
 
-def knockout(
-    model: nn.Module,
-    windows_by_domain: Windows,
-    *,
-    layers: Sequence[int] | None = None,
-    experts: Sequence[int] | None = None,
-    progress: bool = True,
-) -> KnockoutTable:
+def knockout(model: nn.Module, windows_by_domain: Windows) -> KnockoutTable:
     """Remove each expert of each layer in turn and measure what it costs each domain.
 
-    `windows_by_domain` maps at least two domains to (tokens_BT, targets_BT), B at least 2; `layers` and `experts`
-    default to all. One forward pass per (layer, expert) and domain. For single tokens subtract two `token_losses`,
-    without and with `intervene`. Raises ValueError for a dense model, for what does not exist, and for too few windows.
+    `windows_by_domain` maps at least two domains to (tokens_BT, targets_BT), B at least 2. One forward pass per
+    (layer, expert) and domain. For single tokens subtract two `token_losses`, without and with `intervene`. Raises
+    ValueError for a dense model and for too few windows.
     """
     from tqdm.auto import tqdm
 
     routers = find_routers(model)
-    layers = tuple(router.layer for router in routers) if layers is None else tuple(layers)
-    experts = tuple(range(routers[0].num_experts)) if experts is None else tuple(experts)
+    layers, num_experts = tuple(router.layer for router in routers), routers[0].num_experts
     if len(windows_by_domain) < 2 or min(len(tokens_BT) for tokens_BT, _ in windows_by_domain.values()) < 2:
         raise ValueError("a knock-out compares domains: give at least 2 of them, each with at least 2 windows")
-    if not layers or not experts:
-        raise ValueError(f"layers={list(layers)} and experts={list(experts)}: nothing to knock out; name at least one")
     for name, (_, targets_BT) in windows_by_domain.items():
         if bool((targets_BT == IGNORE).all()):
             raise ValueError(f"domain {name!r} has no target: all of them are {IGNORE}")
@@ -256,13 +242,10 @@ def knockout(
     domain_W = torch.cat([torch.full((len(w[0]),), c) for c, w in enumerate(windows_by_domain.values())])
     tokens_W = torch.cat([(targets_BT != IGNORE).sum(1) for _, targets_BT in windows_by_domain.values()])
     base_W = window_losses()
-    deltas_LEW = torch.zeros(len(layers), len(experts), len(base_W), dtype=torch.float64)
-    with tqdm(total=len(layers) * len(experts), desc="knock-out", unit="expert", disable=not progress) as bar:
-        for i, layer in enumerate(layers):
-            for j, expert in enumerate(experts):
-                with intervene(model, remove={layer: [expert]}):
-                    deltas_LEW[i, j] = window_losses() - base_W
-                bar.update()
+    deltas_LEW = torch.zeros(len(layers), num_experts, len(base_W), dtype=torch.float64)
+    for i, expert in tqdm([*product(range(len(layers)), range(num_experts))], desc="knock-out", unit="expert"):
+        with intervene(model, remove={layers[i]: [expert]}):
+            deltas_LEW[i, expert] = window_losses() - base_W
     deltas_LEC, errors_LEC = _by_domain(deltas_LEW, tokens_W, domain_W)
     return KnockoutTable(
         deltas_LEC=deltas_LEC,
@@ -270,7 +253,6 @@ def knockout(
         base_loss_C=_by_domain(base_W, tokens_W, domain_W)[0],
         tokens_C=torch.bincount(domain_W, weights=tokens_W).long(),
         layers=layers,
-        experts=experts,
         domains=tuple(windows_by_domain),
         chance_spreads=_chance_spreads(deltas_LEW, tokens_W, domain_W),
     )

@@ -128,8 +128,6 @@ class RoutingEvaluation(ShownAsTable):
     cross_entropy: float  # nats per target
     load: LoadReport
     aux_loss_L: Tensor  # balance loss of each layer from the whole set's loads and probabilities; 1 is even
-    margin_L: Tensor  # mean router_margin
-    entropy_L: Tensor  # mean router_entropy, bits
     beta: float
 
     @property
@@ -148,8 +146,12 @@ class RoutingEvaluation(ShownAsTable):
 
     @property
     def balanced_perplexity(self) -> float:
-        """exp(CE) * exp(beta * (1 - B)), with B averaged over layers."""
-        return float(metrics.balanced_perplexity(self.cross_entropy, self.balance, self.beta))
+        """exp(CE) * exp(beta * (1 - B)), B averaged over layers: perplexity, raised where the load is uneven.
+
+        At beta = 1 a wholly collapsed model (B = 0) costs as much as one more nat. A convention of the earlier projects
+        behind this series, not of a paper: beta is a choice, so name it beside the number.
+        """
+        return math.exp(self.cross_entropy + self.beta * (1 - self.balance))
 
     def rows(self) -> list[dict]:
         """The load report's rows, each layer's with its balance loss."""
@@ -168,7 +170,7 @@ class RoutingEvaluation(ShownAsTable):
 def evaluate_routing(
     model: nn.Module, stream: TokenStream, *, batch_size: int = 32, seq_len: int | None = None, beta: float = 1.0
 ) -> RoutingEvaluation:
-    """Cross-entropy, load, balance and confidence over a whole stream, in one pass and in eval mode.
+    """Cross-entropy, load and balance over a whole stream, in one pass and in eval mode.
 
     For a `DecoderLM`, whose context is the default of `seq_len`, or a transformers causal MoE (default: its context, at
     most 256 tokens; which probabilities count, see `TransformersLM.forward`). Padding at the stream's end is not
@@ -182,7 +184,7 @@ def evaluate_routing(
     num_experts, top_k = lm.config.moe.num_experts, lm.config.moe.top_k
     device = next(lm.parameters()).device
     counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.float64)
-    probability_LE, confidence_L2 = torch.zeros_like(counts_LE), torch.zeros(len(layers), 2, dtype=torch.float64)
+    probability_LE = torch.zeros_like(counts_LE)
     total, tokens = 0.0, 0
     with evaluating(lm):
         for tokens_BT, targets_BT in stream.windows(batch_size, seq_len or lm.config.seq_len):
@@ -191,15 +193,13 @@ def evaluate_routing(
             count = int(real_N.sum())
             total, tokens = total + out.loss.item() * count, tokens + count
             for i, routing in enumerate(out.routings):
-                probabilities_NE, chosen_NK = routing.probabilities_NE[real_N].double(), real_N[:, None]
+                chosen_NK = real_N[:, None]
                 if routing.kept_NK is not None:  # a rule whose number of experts varies, or a full expert
                     chosen_NK = chosen_NK & routing.kept_NK
                 ids = routing.expert_ids_NK[chosen_NK.expand_as(routing.expert_ids_NK)]
                 counts_LE[i] += count_ids(ids, num_experts).cpu()
-                probability_LE[i] += probabilities_NE.sum(0).cpu()
-                for j, confidence in enumerate((metrics.router_margin, metrics.router_entropy)):
-                    confidence_L2[i, j] += confidence(probabilities_NE).sum().cpu()
-    load_LE, (margin_L, entropy_L) = counts_LE / counts_LE.sum(-1, keepdim=True), (confidence_L2 / tokens).unbind(1)
+                probability_LE[i] += routing.probabilities_NE[real_N].double().sum(0).cpu()
+    load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
     aux_loss_L = num_experts * (load_LE * probability_LE / tokens).sum(-1)
     report = LoadReport(tuple(layers), load_LE, tokens, top_k)
-    return RoutingEvaluation(total / tokens, report, aux_loss_L, margin_L, entropy_L, beta)
+    return RoutingEvaluation(total / tokens, report, aux_loss_L, beta)

@@ -79,18 +79,6 @@ def dead_experts(load_E: Tensor, threshold: float = 0.1) -> Tensor:
     return load_E * load_E.shape[-1] <= threshold
 
 
-def balanced_perplexity(cross_entropy: Tensor | float, balance: Tensor | float, beta: float = 1.0) -> Tensor | float:
-    """exp(cross_entropy) * exp(beta * (1 - balance)): perplexity, raised by what the load lacks of being even.
-
-    `cross_entropy` in nats per token, `balance` is B (0..1). Range 1..inf; equals the perplexity at B = 1, and at
-    beta = 1 a wholly collapsed layer (B = 0) costs as much as one more nat. A convention of the earlier projects
-    behind this series, not of a paper: beta is a choice, so name it beside the number. Uniform routing: B = 1, so the
-    plain perplexity.
-    """
-    exponent = cross_entropy + beta * (1 - balance)
-    return exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
-
-
 # --------------------------------------------------------------------------------------------------- specialisation
 
 

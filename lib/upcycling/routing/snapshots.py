@@ -56,6 +56,11 @@ class RoutingSnapshots:
         if len(labels) != len(probe_BT):
             raise ValueError(f"{len(labels)} labels for {len(probe_BT)} windows; give one a window")
         self.probe_BT, self.every, self.window_labels = probe_BT.cpu(), every, labels
+        windows, length = self.probe_BT.shape
+        self.tokens = self.probe_BT.flatten()
+        self.sequence = torch.arange(windows).repeat_interleave(length)
+        self.domains = tuple(dict.fromkeys(labels))
+        self.labels = torch.tensor([self.domains.index(name) for name in labels]).repeat_interleave(length)
         self.path = None if path is None else Path(path)
         self.layers: tuple[int, ...] = ()
         self._kept: dict[str, Tensor] = {}
@@ -119,20 +124,3 @@ class RoutingSnapshots:
 
     def __len__(self) -> int:
         return len(self._kept["steps"]) if self._kept else 0
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.probe_BT.flatten()
-
-    @property
-    def sequence(self) -> Tensor:
-        return torch.arange(len(self.probe_BT)).repeat_interleave(self.probe_BT.shape[1])
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.window_labels))
-
-    @property
-    def labels(self) -> Tensor:
-        numbers = [self.domains.index(name) for name in self.window_labels]
-        return torch.tensor(numbers).repeat_interleave(self.probe_BT.shape[1])
