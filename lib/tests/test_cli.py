@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ def test_inspect_raises_the_alarm_for_a_collapsed_layer(moe, tmp_path, run):
 
 
 def test_inspect_says_when_a_model_is_too_large_to_load(moe, run, monkeypatch):
-    monkeypatch.setattr(inspection, "_available_memory", lambda: 1000)
+    monkeypatch.setattr(inspection.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     status, out, _ = run("inspect", moe, "--ids", "1,2,3")
     assert status == 0 and "routing not checked: the model takes" in out and "1 kB" in out
 

@@ -15,7 +15,6 @@ from upcycling.cli import main  # noqa: E402
 from upcycling.hf import continued as module  # noqa: E402
 from upcycling.hf.continued import continue_pretraining  # noqa: E402
 from upcycling.routing.adapter import TransformersLM, block_size  # noqa: E402
-from upcycling.routing.gradient import router_weights  # noqa: E402
 from upcycling.routing.load import evaluate_routing, load_report  # noqa: E402
 from upcycling.routing.metrics import balance_score  # noqa: E402
 from upcycling.routing.record import record_routing  # noqa: E402
@@ -216,7 +215,7 @@ def test_the_balance_loss_is_each_layers_own_and_moves_its_router(kind, checkpoi
     adapter.gradient_checkpointing = checkpointing
     assert model.is_activation_checkpointing == checkpointing
     out = adapter(*next(VALIDATION.windows(4, T)))
-    gradients = torch.autograd.grad(out.aux_losses_L.sum(), [router_weights(r)[0] for r in adapter.routers])
+    gradients = torch.autograd.grad(out.aux_losses_L.sum(), [r.module.weight for r in adapter.routers])
     assert all(gradient.norm() > 1e-4 for gradient in gradients)
 
     logits = []
@@ -240,7 +239,7 @@ def test_an_even_router_has_a_balance_loss_of_1(kind):
     adapter = TransformersLM(hf_moe(kind))
     with torch.no_grad():
         for router in adapter.routers:
-            router_weights(router)[0].zero_()  # every probability is 1/E, so the load does not matter
+            router.module.weight.zero_()  # every probability is 1/E, so the load does not matter
         out = adapter(*next(VALIDATION.windows(4, T)))
     torch.testing.assert_close(out.aux_losses_L, torch.ones(2))
 

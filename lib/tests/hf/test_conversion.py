@@ -326,9 +326,10 @@ def damage(path):
 # ------------------------------------------------------------------------------------------------------- verification
 
 
-def test_a_small_model_is_loaded_and_a_large_one_compared_layer_by_layer(llama, tmp_path):
+def test_a_small_model_is_loaded_and_a_large_one_compared_layer_by_layer(llama, tmp_path, monkeypatch):
     whole = convert(llama, tmp_path / "whole", E, 2, progress=False)
-    layered = convert(llama, tmp_path / "layered", E, 2, progress=False, verify_memory=0)
+    monkeypatch.setattr(conversion, "VERIFY_MEMORY", 0)
+    layered = convert(llama, tmp_path / "layered", E, 2, progress=False)
     assert "with cache" in whole.checks and whole.greedy_equal is True
     assert list(layered.checks) == ["layer by layer"] and layered.greedy_equal is None
     assert any("layer by layer, because both models" in note for note in layered.notes)
@@ -358,11 +359,12 @@ def test_layer_by_layer_gives_the_models_logits(kind, tmp_path):
     ("llama", lambda config: config.rope_parameters.update(rope_theta=500.0)),
     ("qwen2", lambda config: setattr(config, "norm_topk_prob", False)),
 ])  # fmt: skip
-def test_another_function_is_refused_and_leaves_nothing_that_loads(kind, break_it, memory, tmp_path):
+def test_another_function_is_refused_and_leaves_nothing_that_loads(kind, break_it, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "VERIFY_MEMORY", memory)
     job = prepare(saved(tmp_path, kind), tmp_path / "moe", E, 2)
     break_it(job.plan.config)
     with pytest.raises(ValueError, match=r"NOT the same function.*moe.partial"):
-        job.run(verify_memory=memory, progress=False)
+        job.run(progress=False)
     assert not (tmp_path / "moe").exists() and not loads(tmp_path / "moe.partial")
 
 
@@ -375,7 +377,7 @@ def test_bytes_that_are_not_those_written_are_noticed(llama, tmp_path, monkeypat
 
     monkeypatch.setattr(conversion, "write_companions", write_and_damage)
     with pytest.raises(OSError, match="not read back"):
-        convert(llama, tmp_path / "moe", E, 2, progress=False, verify_memory=0)
+        convert(llama, tmp_path / "moe", E, 2, progress=False)
 
 
 def test_noise_is_reported_not_refused(llama, tmp_path):
@@ -392,11 +394,10 @@ def test_weights_that_have_to_be_changed_do_not_fit_in_half_precision_and_the_re
     assert receipt.max_abs_diff <= tolerance(logits(dense_model("gemma"), torch.arange(61)[None]))
 
 
-def test_half_precision_is_compared_with_the_dense_model_at_the_same_precision(llama, tmp_path):
+def test_half_precision_is_compared_with_the_dense_model_at_the_same_precision(llama, tmp_path, monkeypatch):
     for memory in (2e9, 0):
-        receipt = convert(
-            llama, tmp_path / f"moe{memory}", E, 2, dtype=torch.bfloat16, verify_memory=memory, progress=False
-        )
+        monkeypatch.setattr(conversion, "VERIFY_MEMORY", memory)
+        receipt = convert(llama, tmp_path / f"moe{memory}", E, 2, dtype=torch.bfloat16, progress=False)
         assert receipt.passed and receipt.max_abs_diff <= tolerance(logits(dense_model(), torch.arange(61)[None]))
 
 

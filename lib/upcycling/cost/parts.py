@@ -96,9 +96,7 @@ def _counted(model: nn.Module, head: Any, longest: int, layers: tuple[_Layer, ..
     routers = find_routers(model) if has_experts else []
     routed = {id(weight): weight for router in routers for weight in expert_weights(model, router)}
     share = routers[0].holder.top_k / len(next(iter(routed.values()))) if routers else 0.0
-    noises = [router.holder.noise for router in routers if getattr(router.holder, "noise", None) is not None]
     deciding = [weight for router in routers for weight in router_weights(router)]
-    deciding += [weight for noise in noises for weight in noise.parameters()]
     tables, in_products, per_token = {}, {id(head.weight)}, 0.0
     for module in model.modules():
         for weight in module.parameters(recurse=False):

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from ..checks import _one_of
-from ..core.moe import MoELayer
 from ..routing.adapter import TransformersLM, as_decoder_lm, block_size
 from ..routing.gradient import Diagnosis, diagnose_router, expert_weights, router_weights
 from ..routing.hf_routers import find_routers
@@ -145,8 +144,6 @@ def _chosen(model: nn.Module, parameters: str) -> list[nn.Parameter]:
         weights = [weight for router in routers for weight in expert_weights(model, router)]
     else:
         weights = [weight for router in routers for weight in router_weights(router)]
-        noises = [r.holder.noise for r in routers if isinstance(r.holder, MoELayer) and r.holder.noise is not None]
-        weights += [weight for noise in noises for weight in noise.parameters()]
     return [weight for weight in weights if weight.requires_grad]
 
 

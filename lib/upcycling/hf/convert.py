@@ -40,7 +40,7 @@ from .output.partial import (
     write_companions,
     write_manifest,
 )  # fmt: skip
-from .output.shards import MAX_SHARD_SIZE, Entry, Shard, plan_shards
+from .output.shards import MAX_SHARD_SIZE, Shard, made, plan_shards
 from .plan import MOST_EXPERTS, Plan, plan
 from .receipt import Receipt, verify as verify_models
 from .sources import COMPANIONS, folder_tokenizer, in_bytes, naming, on_one_line, open_source, quiet, read_config
@@ -85,7 +85,7 @@ class Conversion:
     def memory_to_write(self) -> int:
         """Bytes for the largest tensor and what it is made from, beside Python and torch."""
         return max(
-            2 * entry.bytes + sum(math.prod(self.source.shapes[name]) * 4 for name in entry.tensor.sources)
+            2 * entry.bytes + sum(math.prod(self.source.shapes[name]) * 4 for name in entry.sources)
             for shard in self.shards for entry in shard.entries
         )  # fmt: skip
 
@@ -94,13 +94,14 @@ class Conversion:
         """Bytes of the dense model and the MoE together, loaded in float32."""
         return 4 * (self.plan.sizes.dense + self.plan.sizes.moe)
 
-    def verified_whole(self, memory: int) -> bool:
-        return self.float32_bytes <= memory or self.plan.target in WHOLE_ONLY
+    @property
+    def verified_whole(self) -> bool:
+        return self.float32_bytes <= VERIFY_MEMORY or self.plan.target in WHOLE_ONLY
 
     @property
     def memory_to_verify(self) -> int:
         """About as many bytes as the comparison takes: both models, or one layer while it is being loaded."""
-        if self.verified_whole(VERIFY_MEMORY):
+        if self.verified_whole:
             return self.float32_bytes
         layers: Counter[int | None] = Counter()
         for tensor in self.plan.tensors:
@@ -150,18 +151,18 @@ class Conversion:
                 "choose another folder, fewer experts or layers, or a smaller dtype"
             )
 
-    def run(self, *, verify: bool = True, verify_memory: int = VERIFY_MEMORY, progress: bool = True) -> Receipt | None:
+    def run(self, *, verify: bool = True, progress: bool = True) -> Receipt | None:
         """Carry it out; see `convert`."""
         self.check_disk()
         with alone(self):
-            return self._run(verify, verify_memory, progress)
+            return self._run(verify, progress)
 
-    def _run(self, verify: bool, verify_memory: int, progress: bool) -> Receipt | None:
+    def _run(self, verify: bool, progress: bool) -> Receipt | None:
         check_place(self.out)  # once more: another conversion may have ended since
         digests = _write_weights(self, open_partial(self), progress)
         write_companions(self)
-        receipt = _verify(self, verify_memory, progress) if verify else None
-        if receipt and (math.isnan(receipt.max_abs_diff) or (not receipt.passed and self.plan.init == "copy")):
+        receipt = _verify(self, progress) if verify else None
+        if receipt and (not math.isfinite(receipt.max_abs_diff) or (not receipt.passed and self.plan.init == "copy")):
             raise ValueError(f"{receipt.verdict}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
         write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
         write_text(self.partial / "README.md", model_card(self, receipt))
@@ -195,7 +196,8 @@ def prepare(
     chosen.check_sources(source.names)
     _check_tensors(source, shapes, chosen.tied)
     _check_companions(folder, with_tokenizer=verify)
-    entries = [Entry(t, dtype or (source.dtypes[t.sources[0]] if t.sources else chosen.dtype)) for t in chosen.tensors]
+    own = [source.dtypes[t.sources[0]] if t.sources else chosen.dtype for t in chosen.tensors]
+    entries = [replace(t, dtype=dtype or its_own) for t, its_own in zip(chosen.tensors, own)]
     decided = {
         "version": __version__,
         "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
@@ -212,13 +214,13 @@ def convert(
     model: str | os.PathLike, out: str | os.PathLike, num_experts: int = 8, top_k: int = 2, *,
     layers: Iterable[int] | None = None, init: str = "copy", noise: float = 0.05, router_std: float = 0.02,
     seed: int = 0, dtype: torch.dtype | None = None, verify: bool = True, max_shard_size: int = MAX_SHARD_SIZE,
-    verify_memory: int = VERIFY_MEMORY, progress: bool = True,
+    progress: bool = True,
 ) -> Receipt | None:  # fmt: skip
     """Write the MoE of a dense model, a folder or a hub name, to the new folder `out`; return the receipt.
 
     `num_experts` to `seed` are as for `plan`; `dtype` is that of every tensor (default: each keeps its own). Files have
     at most `max_shard_size` bytes. The result is read back and compared with the dense model in float32: loaded whole
-    where both together take at most `verify_memory` bytes, else layer by layer; `verify=False` skips that and returns
+    where both together take at most VERIFY_MEMORY bytes, else layer by layer; `verify=False` skips that and returns
     None. Raises FileNotFoundError, FileExistsError, and ValueError before anything is written; OSError when the disk is
     too small or fails; ValueError when the result is not the same function, and then there is no `out`.
     """
@@ -226,7 +228,7 @@ def convert(
         model, out, num_experts, top_k, layers=layers, init=init, noise=noise, router_std=router_std, seed=seed,
         dtype=dtype, max_shard_size=max_shard_size, verify=verify,
     )  # fmt: skip
-    return job.run(verify=verify, verify_memory=verify_memory, progress=progress)
+    return job.run(verify=verify, progress=progress)
 
 
 def _check_tensors(source: WeightFiles, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
@@ -278,18 +280,18 @@ def _bar(job: Conversion, what: str, progress: bool) -> tqdm:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
 
 
-def _verify(job: Conversion, memory: int, progress: bool) -> Receipt:
+def _verify(job: Conversion, progress: bool) -> Receipt:
     """Read back what was written: every tensor's bytes, then the function, as a whole or layer by layer."""
     written = WeightFiles(job.partial)
     with _bar(job, "verifying tensors", progress) as bar:
         for shard in job.shards:
             for entry in shard.entries:
-                if not torch.equal(as_bytes(entry.make(job.source)), as_bytes(written[entry.name])):
+                if not torch.equal(as_bytes(made(entry, job.source)), as_bytes(written[entry.name])):
                     raise OSError(
                         f"{entry.name} was not read back from {shard.file} as it was written: is the disk broken?"
                     )
                 bar.update(entry.bytes)
-    if job.verified_whole(memory):
+    if job.verified_whole:
         receipt = _verify_whole(job)
     else:
         config = read_config(job.source.folder)
@@ -314,11 +316,11 @@ def _verify_whole(job: Conversion) -> Receipt:
 
 
 def _remedy(job: Conversion, receipt: Receipt) -> str:
-    if math.isnan(receipt.max_abs_diff):
+    if not math.isfinite(receipt.max_abs_diff):
         return "weights are not finite, in the dense model or in the type and with the noise that were asked for"
     if receipt.max_abs_diff <= receipt.tolerance:
         return f"the logits agree, but greedy generation does not ({receipt.greedy!r} is the dense model's)"
-    changed = any(entry.tensor.rule.transform is not None for shard in job.shards for entry in shard.entries)
+    changed = any(entry.rule.transform is not None for shard in job.shards for entry in shard.entries)
     if changed and job.plan.dtype != torch.float32:
         return f"some weights had to be changed and {str(job.plan.dtype)[6:]} rounds them: convert to dtype float32"
     return "the conversion's rules do not fit this model: report its config.json"

@@ -6,21 +6,23 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from ..routing.adapter import context_length
+from ..routing.gradient import expert_weights
 from ..routing.hf_routers import find_routers
 from ..routing.load import LoadReport, load_report
 from ..routing.record import record_routing
 from .output.partial import RECEIPT
-from .receipt import PROBES, SETTINGS
+from .receipt import PROBES, settings_of
 from .sources import folder_tokenizer, in_bytes, load_dense, naming, on_one_line, open_source, read_config
 from .weight_files import WeightFiles, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 # Shown to a model when no text is given: a few kinds of text, so that a router has something to tell apart.
 DEFAULT_TEXT = "".join(PROBES["default_text"])
@@ -38,28 +40,30 @@ def inspect_folder(
     """
     if text is not None and not text.strip():
         raise ValueError("the text to route is empty; give some, or leave it out for a few built-in sentences")
+    import transformers
+
     folder = open_source(folder)
     files = WeightFiles(folder)
     with naming(folder / "config.json"):
         config = read_config(folder)
-        model = _empty_model(config)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     yield f"class       {on_one_line(type(model).__name__)}"
-    router: Any = find_routers(model)[0].holder
-    experts, top_k = _experts(config, files), router.top_k
+    routers = find_routers(model)
+    experts, top_k = routers[0].num_experts, routers[0].holder.top_k
     if not 1 <= top_k <= experts:
         raise ValueError(f"{folder / 'config.json'} asks for the top {top_k} of {experts} experts; choose 1..{experts}")
     total = sum(map(math.prod, files.shapes.values()))
-    in_experts = sum(math.prod(files.shapes[name]) for name in files.names if _of_experts(name, files, experts))
+    in_experts = sum(weight.numel() for router in routers for weight in expert_weights(model, router))
     active = total - in_experts + in_experts * top_k // experts
     yield f"parameters  {total:,}, {active:,} of them active per token"
-    yield f"router      {type(router).__name__}, top-{top_k} of {experts} experts"
-    settings = config.get_text_config().to_dict()
-    shown = [f"{name}={settings[name]!r}" for name in SETTINGS if settings.get(name) is not None]
+    yield f"router      {type(routers[0].holder).__name__}, top-{top_k} of {experts} experts"
+    shown = [f"{name}={value!r}" for name, value in settings_of(config).items()]
     yield f"settings    {on_one_line(', '.join(shown))}"
     yield f"receipt     {on_one_line(_receipt(folder))}"
 
     size = sum(path.stat().st_size for path in files.files)
-    available = _available_memory()
+    available = psutil.virtual_memory().available
     if size > available:
         yield f"routing not checked: the model takes {in_bytes(size)}, and {in_bytes(available)} of memory is free"
         return
@@ -97,26 +101,6 @@ def collapse_check(folder: str | os.PathLike, config: PreTrainedConfig, ids: lis
         return load_report(trace)
 
 
-def _empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    import transformers
-
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def _experts(config: PreTrainedConfig, files: WeightFiles) -> int:
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(config.get_text_config(), name, None):
-            return getattr(config.get_text_config(), name)
-    raise ValueError(f"{files.folder} does not say how many experts its model has; is it an MoE?")
-
-
-def _of_experts(name: str, files: WeightFiles, experts: int) -> bool:
-    """One expert's tensor, or all experts' stacked."""
-    stacked = len(files.shapes[name]) == 3 and files.shapes[name][0] == experts
-    return ".experts." in name or stacked
-
-
 def _receipt(folder: Path) -> str:
     try:
         receipt = read_json(folder / RECEIPT)
@@ -129,9 +113,3 @@ def _receipt(folder: Path) -> str:
         return "none: the folder was not made by this program"
     except (ValueError, KeyError, TypeError):
         return f"{RECEIPT} cannot be read"
-
-
-def _available_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().available

@@ -7,16 +7,15 @@ from file to file.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..checks import _one_of, whole_number
-from ..tables import Table
 from .families import FAMILIES, REFUSED
 from .families.base import Initialisation, Refusal, TargetTensor
 from .families.engine import build, configure, hub_shapes
@@ -126,15 +125,7 @@ class Plan:
         plain = [name for name, what in self.account.items() if what == "carried"]
         return "\n".join(lines + [f"  carried: {', '.join(plain)}"])
 
-    def _repr_html_(self) -> str:
-        if self.target is None:
-            return f"<b style='color:#a4001d'>no stock class</b><pre>{html.escape(str(self))}</pre>"
-        fields = Table({"field": name, "what becomes of it": what} for name, what in self.account.items())
-        head = str(self).split("\n  ")[0]
-        return (
-            f"<b style='color:#00693e'>{self.source} → {self.target}</b><pre>{html.escape(head)}</pre>"
-            f"<details><summary>every field of {self.source}'s configuration</summary>{fields._repr_html_()}</details>"
-        )
+    __repr__ = __str__
 
 
 def _gib(size: int) -> str:
@@ -146,11 +137,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _check_deviation(name: str, value: Any) -> None:
-    try:
-        fits = 0 <= value < math.inf
-    except TypeError:
-        fits = False
-    if not fits:
+    if not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name}={value!r} is a standard deviation; it must be finite and cannot be negative")
 
 

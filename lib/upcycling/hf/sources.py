@@ -17,6 +17,7 @@ from .weight_files import WeightFiles, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 # What a folder holds beside weights and configuration, and what the converted one needs from it.
 COMPANIONS = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -51,7 +52,7 @@ def open_source(model: str | os.PathLike) -> Path:
     if not str(model):
         raise FileNotFoundError("the model's name is empty; give its folder, or a hub name such as owner/model")
     path = Path(model).expanduser()
-    if path.exists() or not _is_hub_name(str(model)):
+    if path.exists() or not HUB_NAME.fullmatch(str(model)):
         if not path.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {path}; give a model's folder, or a hub name such as owner/model"
@@ -82,10 +83,6 @@ def in_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.1f} GB"
-
-
-def _is_hub_name(text: str) -> bool:
-    return re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", text) is not None
 
 
 def folder_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:

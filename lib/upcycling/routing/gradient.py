@@ -122,7 +122,7 @@ def diagnose_router(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> 
 
 
 def _diagnose(model: nn.Module, router: FoundRouter, i: int, trace: RoutingTrace, gradient_of: dict) -> RouterDiagnosis:
-    of_router, of_experts = router_weights(router), expert_weights(model, router)
+    of_router, of_experts = list(router.module.parameters()), expert_weights(model, router)
     num_experts = trace.num_experts
     rows_EX = torch.cat([weight.detach().reshape(num_experts, -1) for weight in of_router], dim=1)
     sums_N = trace.weights[i].sum(-1)
@@ -142,8 +142,9 @@ def _diagnose(model: nn.Module, router: FoundRouter, i: int, trace: RoutingTrace
 
 
 def router_weights(router: FoundRouter) -> list[nn.Parameter]:
-    """The weights that turn a token into the router's logits."""
-    return list(router.module.parameters())
+    """The weights that turn a token into the router's logits, and those of the learned noise where it has some."""
+    noise = getattr(router.holder, "noise", None)
+    return [*router.module.parameters(), *(noise.parameters() if noise is not None else ())]
 
 
 def expert_weights(model: nn.Module, router: FoundRouter) -> list[nn.Parameter]:

@@ -83,17 +83,19 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], trace: Ro
     refuse_compiled(*model.modules())
     forward = Forward()
     sequences = _Sequences()
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # layer -> what its router returned in this forward
 
     def begin() -> None:
+        found.clear()
         for router, handle in zip(routers, collectors, strict=True):  # behind hooks that came later and change it
             router.module._forward_hooks.move_to_end(handle.id)
 
     def collect(router: FoundRouter) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if forward.module is not None:
-                if router.layer in forward.decisions:
+                if router.layer in found:
                     raise ValueError(f"{router.name} was called twice in one forward; such models cannot be recorded")
-                forward.decisions[router.layer] = unpack(module, output)
+                found[router.layer] = unpack(module, output)
 
         return hook
 
@@ -103,7 +105,7 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], trace: Ro
             raise ValueError(
                 f"{type(module).__name__} was given neither input_ids nor inputs_embeds; record the language model"
             )
-        missing = [router.layer for router in routers if router.layer not in forward.decisions]
+        missing = [router.layer for router in routers if router.layer not in found]
         if missing:
             raise ValueError(
                 f"layer {missing[0]} made no routing: what was called is a compiled copy of the model, or uses a "
@@ -113,7 +115,7 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], trace: Ro
         sequences.remember(getattr(output, "past_key_values", None), first, forward.shape[0])
         decisions = []
         for router in routers:
-            logits_NE, weights_NK, expert_ids_NK = forward.decisions[router.layer]
+            logits_NE, weights_NK, expert_ids_NK = found.pop(router.layer)
             decisions.append((logits_NE, router.probabilities(logits_NE), expert_ids_NK, weights_NK))
         _append(trace, routers, decisions, forward.tokens_BT, forward.shape, forward.mask_BS, first, forward.past)
 
@@ -148,7 +150,6 @@ class Forward:
                 self.module = None
                 if end is not None and output is not None:  # None: the forward raised
                     end(module, output)
-                self.decisions.clear()
 
         return [
             *[module.register_forward_pre_hook(enter, with_kwargs=True) for module in around],
@@ -157,7 +158,6 @@ class Forward:
 
     def _reset(self, module: nn.Module) -> None:
         self.module = module
-        self.decisions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.tokens_BT: Tensor | None = None
         self.shape: tuple[int, ...] | None = None
         self.mask_BS: Tensor | None = None

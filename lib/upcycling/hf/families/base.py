@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy as _copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -184,6 +185,11 @@ class TargetTensor:
     layer: int | None
     rule: Rule = field(repr=False)
     how: Initialisation = field(repr=False)
+    dtype: torch.dtype = torch.float32  # in the file that it is written to
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @torch.no_grad()
     def make(self, *sources: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ def receipt_record(job: Conversion, receipt: Receipt | None, digests: dict[str, 
     """The JSON beside the weights: what was asked for, what was found, and the SHA-256 of each weight file."""
     found = {"source": job.plan.source, "target": job.plan.target, "versions": versions()}
     if receipt is not None:
-        found = json.loads(receipt.to_json())
+        found = asdict(receipt)
     asked = {name: getattr(job.plan, name) for name in _ASKED}
     return {"base_model": job.title, "conversion": asked, "verified": receipt is not None, **found, "weights": digests}
 

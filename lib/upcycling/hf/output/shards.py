@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ...files import replacing
@@ -22,24 +20,10 @@ if TYPE_CHECKING:
 MAX_SHARD_SIZE = 2 * 10**9  # bytes; transformers loads several files no slower than one
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor that will be written: how it is made, and its type in the file."""
-
-    tensor: TargetTensor
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return self.tensor.name
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.tensor.shape) * self.dtype.itemsize
-
-    def make(self, source: WeightFiles) -> Tensor:
-        # First the type, then the arithmetic, as when a model of this type is upcycled in memory.
-        return self.tensor.make(*(source[name].to(self.dtype) for name in self.tensor.sources), dtype=self.dtype)
+def made(tensor: TargetTensor, source: WeightFiles) -> Tensor:
+    """The tensor as it will stand in its file."""
+    # First the type, then the arithmetic, as when a model of this type is upcycled in memory.
+    return tensor.make(*(source[name].to(tensor.dtype) for name in tensor.sources), dtype=tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class Shard:
     """One weight file that will be written: its name and its entries, in the file's order."""
 
     file: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TargetTensor, ...]
 
     @property
     def header(self) -> bytes:
@@ -57,7 +41,7 @@ class Shard:
         for entry in self.entries:
             begin, end = end, end + entry.bytes
             header[entry.name] = {
-                "dtype": CODES[entry.dtype], "shape": list(entry.tensor.shape), "data_offsets": [begin, end]
+                "dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]
             }  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -78,16 +62,16 @@ class Shard:
             file.write(self.header)
             bar.update(len(self.header))
             for entry in self.entries:
-                data = as_bytes(entry.make(source)).numpy().data
+                data = as_bytes(made(entry, source)).numpy().data
                 file.write(data)
                 digest.update(data)
                 bar.update(data.nbytes)
         return digest.hexdigest()
 
 
-def plan_shards(entries: list[Entry], max_shard_size: int) -> tuple[Shard, ...]:
+def plan_shards(entries: list[TargetTensor], max_shard_size: int) -> tuple[Shard, ...]:
     """Distribute tensors, in order, over files of at most `max_shard_size` bytes (a larger tensor gets its own)."""
-    groups: list[list[Entry]] = [[]]
+    groups: list[list[TargetTensor]] = [[]]
     size = 0
     for entry in entries:
         if groups[-1] and size + entry.bytes > max_shard_size:
