@@ -155,9 +155,10 @@ def test_mixed_types_keep_theirs(tmp_path):
 def test_wide_types_come_first_in_a_file():
     """So that a tensor begins at a multiple of its element size although an odd number of small ones precedes it."""
     sizes = [(torch.bfloat16, 6), (torch.float32, 8), (torch.bfloat16, 4), (torch.float64, 8)]
-    (shard,) = conversion.plan_shards([SimpleNamespace(dtype=dtype, bytes=size) for dtype, size in sizes], 10**6)
+    tensors = [SimpleNamespace(name=str(i), dtype=dtype, bytes=size) for i, (dtype, size) in enumerate(sizes)]
+    (shard,) = conversion.plan_shards(tensors, 10**6)
     assert [entry.dtype.itemsize for entry in shard.entries] == [8, 4, 2, 2]
-    many = conversion.plan_shards([SimpleNamespace(dtype=dtype, bytes=size) for dtype, size in sizes], 14)
+    many = conversion.plan_shards(tensors, 14)
     assert [[entry.bytes for entry in shard.entries] for shard in many] == [[8, 6], [8, 4]]
 
 

@@ -346,7 +346,7 @@ def test_each_field_of_theirs_is_carried_or_refused(kind, name):
         ("llama", dict(head_dim=16), "head_dim=16"),
         ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1"),
         ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
-        ("llama", dict(logit_scale=2.0), "logit_scale=2.0 is a field that from_hf does not know for llama"),
+        ("llama", dict(logit_scale=2.0), "logit_scale=2.0 is not known for LlamaConfig and could change it"),
         ("gpt2", dict(attn_pdrop=0.3), "attn_pdrop are 0.0, 0.0, 0.3"),
         ("gpt2", dict(activation_function="silu"), "activation_function='silu'"),
         ("mixtral", dict(sliding_window=8), "sliding_window=8"),

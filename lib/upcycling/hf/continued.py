@@ -121,7 +121,7 @@ def continue_pretraining(
         diagnosis = diagnose_router(model, tokens_BT.to(device), targets_BT.to(device))
         _warn_if_stuck(diagnosis, parameters)
         before = evaluate_routing(wrapped, validation_stream, **options)
-        with _training_only(model, chosen), _balance_weight(wrapped, aux_weight):
+        with _changed(model, wrapped, chosen, aux_weight):
             training = train(
                 wrapped, train_stream, validation_stream, config, seq_len=block, directory=directory, resume=resume,
                 progress=progress, callbacks=callbacks, verbose=verbose,
@@ -205,31 +205,22 @@ def _warn_if_stuck(diagnosis: Diagnosis, parameters: str) -> None:
 
 
 @contextmanager
-def _training_only(model: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
-    """Freeze all but the chosen weights, and restore what asked for a gradient before."""
-    asked = [weight for weight in model.parameters() if weight.requires_grad]
+def _changed(model: nn.Module, wrapped: Any, chosen: list[nn.Parameter], aux_weight: float | None) -> Iterator[None]:
+    """Freeze all but the chosen weights and set the weight of the balance loss; on the way out all is as before."""
+    asked, config = [weight for weight in model.parameters() if weight.requires_grad], wrapped.config
     keep = {id(weight) for weight in chosen}
     try:
         for weight in asked:
             weight.requires_grad_(id(weight) in keep)
+        if aux_weight is not None and isinstance(wrapped, TransformersLM):
+            config.moe.aux_weight = aux_weight
+        elif aux_weight is not None:
+            wrapped.config = replace(config, moe=replace(config.moe, aux_weight=aux_weight))
         yield
     finally:
+        wrapped.config = config
         for weight in asked:
             weight.requires_grad_(True)
-
-
-@contextmanager
-def _balance_weight(model: Any, aux_weight: float | None) -> Iterator[None]:
-    """Train with this weight of the balance loss; a DecoderLM gets its own configuration back."""
-    config = model.config
-    if aux_weight is not None and isinstance(model, TransformersLM):
-        config.moe.aux_weight = aux_weight
-    elif aux_weight is not None:
-        model.config = replace(config, moe=replace(config.moe, aux_weight=aux_weight))
-    try:
-        yield
-    finally:
-        model.config = config
 
 
 def continue_folder(

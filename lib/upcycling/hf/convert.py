@@ -155,24 +155,22 @@ class Conversion:
         """Carry it out; see `convert`."""
         self.check_disk()
         with alone(self):
-            return self._run(verify, progress)
-
-    def _run(self, verify: bool, progress: bool) -> Receipt | None:
-        check_place(self.out)  # once more: another conversion may have ended since
-        digests = _write_weights(self, open_partial(self), progress)
-        write_companions(self)
-        receipt = _verify(self, progress) if verify else None
-        if receipt and (not math.isfinite(receipt.max_abs_diff) or (not receipt.passed and self.plan.init == "copy")):
-            raise ValueError(f"{receipt.verdict}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
-        write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
-        write_text(self.partial / "README.md", model_card(self, receipt))
-        # From here on the folder loads, and may: it is complete and verified.
-        os.replace(self.partial / PENDING, self.partial / "config.json")
-        if self.out.exists():
-            self.out.rmdir()  # empty, as checked
-        os.replace(self.partial, self.out)
-        (self.out / MANIFEST).unlink()
-        return receipt
+            check_place(self.out)  # once more: another conversion may have ended since
+            digests = _write_weights(self, open_partial(self), progress)
+            write_companions(self)
+            receipt = _verify(self, progress) if verify else None
+            broken = receipt and not math.isfinite(receipt.max_abs_diff)
+            if receipt and (broken or (not receipt.passed and self.plan.init == "copy")):
+                raise ValueError(f"{receipt.verdict}; {_remedy(self, receipt)}; delete {self.partial}, which holds it")
+            write_text(self.partial / RECEIPT, json.dumps(receipt_record(self, receipt, digests), indent=2) + "\n")
+            write_text(self.partial / "README.md", model_card(self, receipt))
+            # From here on the folder loads, and may: it is complete and verified.
+            os.replace(self.partial / PENDING, self.partial / "config.json")
+            if self.out.exists():
+                self.out.rmdir()  # empty, as checked
+            os.replace(self.partial, self.out)
+            (self.out / MANIFEST).unlink()
+            return receipt
 
 
 def prepare(

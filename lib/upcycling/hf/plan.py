@@ -88,10 +88,10 @@ class Plan:
         if self.target is None:
             raise Refusal(f"{self.source} has no stock MoE class: {self.reason}", self.nearest)
 
-    def check_sources(self, names: Iterable[str]) -> set[str]:
-        """The names that a conversion reads; those left are known to carry nothing (rotation tables, tied twins).
+    def check_sources(self, names: Iterable[str]) -> None:
+        """Raises ValueError naming a tensor that is missing, or one that nothing would be made from.
 
-        Raises ValueError naming a tensor that is missing, or one that nothing would be made from.
+        Rotation tables and tied twins are known to carry nothing.
         """
         names, sources = set(names), self.sources
         if missing := sorted(sources - names):
@@ -101,7 +101,6 @@ class Plan:
         extra = sorted(n for n in names - sources if n not in self.tied and not n.endswith("rotary_emb.inv_freq"))
         if extra:
             raise ValueError(f"{extra[0]} is in the weights but no part of {self.source} ({len(extra)} such tensors)")
-        return sources
 
     def __str__(self) -> str:
         if self.target is None:
@@ -137,7 +136,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _check_deviation(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or not 0 <= value < math.inf:
+    if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value!r} is a standard deviation; it must be finite and cannot be negative")
 
 

@@ -109,13 +109,10 @@ class SelectionBiasMover(AbstractContextManager):
 
         return MoveSelectionBias()
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Take the hooks off; the biases stay where they are."""
         for handle in self._handles:
             handle.remove()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _collect(self, layer: _Biased) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:

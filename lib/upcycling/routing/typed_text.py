@@ -63,7 +63,7 @@ def route_text(model: Any, tokenizer: Any, text: str, max_tokens: int = 256) -> 
         raise ValueError(f"the text has {len(ids):,} tokens, this panel shows at most {max_tokens:,}; shorten it")
     check_ids(model, ids)
     with evaluating(model), torch.no_grad(), record_routing(model) as trace:
-        model(torch.tensor([ids], device=device_of(model)))
+        model(torch.tensor([ids], device=next(model.parameters()).device))
     return trace, token_texts(tokenizer, ids)
 
 
@@ -71,10 +71,6 @@ def check_ids(model: Any, ids: Sequence[int]) -> None:
     size = model.config.vocab_size
     if max(ids) >= size:
         raise ValueError(f"token id {max(ids)} is outside the model's vocabulary of {size}; is this its tokenizer?")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def twin(model: nn.Module) -> Any:

@@ -18,7 +18,7 @@ from ..core.model import DecoderLM, evaluating
 from ..decoding.generation import generate
 from ..routing.adapter import context_length
 from ..routing.intervention import intervene, token_losses
-from ..routing.typed_text import check_ids, device_of, encode, route_text, token_texts, twin
+from ..routing.typed_text import check_ids, encode, route_text, token_texts, twin
 from ..tables import Table
 from .panel import Panel, View, text_inputs, toggle_buttons, wide
 from .strips import plot_token_losses
@@ -52,7 +52,7 @@ def measure(model, tokenizer, prompt: str, probe: Probe, new_tokens: int = 20) -
             f"{context_length(model.config):,}; shorten the text"
         )
     check_ids(model, ids)
-    prompt_BT = torch.tensor([ids], device=device_of(model))
+    prompt_BT = torch.tensor([ids], device=next(model.parameters()).device)
     with evaluating(model), torch.no_grad():
         if isinstance(model, DecoderLM):
             tokens_BT = generate(model, prompt_BT, new_tokens)

@@ -8,12 +8,14 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ...core.config import ModelConfig, MoEConfig
+from ..families.base import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TABLES = json.loads(files(__package__).joinpath("configuration.json").read_text(encoding="utf-8"))
 _GPT2, _LLAMA = ({**_TABLES["both"], **_TABLES[kind]} for kind in ("gpt2", "llama"))  # their field -> ours, same value
+_ONLY = "it has no counterpart in DecoderLM"
 KINDS = ("llama", "gpt2", "mixtral", "qwen2_moe")  # transformers' model types
 _GPT2_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _GPT2_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
@@ -97,43 +99,25 @@ def to_settings(config: ModelConfig, kind: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- theirs to ours
 
 
-class _Fields(dict):
-    """A transformers configuration's fields, taken out one by one, so that those that nobody knows are left over."""
-
-    def take(self, *names: str) -> list[Any]:
-        return [self.pop(name, None) for name in names]
-
-    def rename(self, names: dict[str, str]) -> dict[str, Any]:
-        return {ours: self.pop(theirs) for theirs, ours in names.items()}
-
-    def require(self, name: str, *allowed: Any) -> None:
-        value = self.pop(name, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} has no counterpart in DecoderLM, only {name}={allowed[0]!r} has")
-
-
 def from_config(config: PreTrainedConfig) -> ModelConfig:
     """Our configuration for a transformers one; every field is used, known to be harmless, or refused by name."""
-    kind, fields = config.model_type, _Fields(config.to_dict())
+    kind = config.model_type
     if kind not in KINDS:
         raise ValueError(
             f"model_type={kind!r} has no DecoderLM; from_hf takes {', '.join(KINDS)}. To upcycle a model of another "
             "family into a standard class use upcycle_pretrained"
         )
-    fields.require("is_encoder_decoder", False)
+    fields = Fields(config)
     sizes = _from_gpt2(fields) if kind == "gpt2" else _from_llama(kind, fields)
-    for name in sorted(set(fields).difference(_TABLES["harmless"])):
-        raise ValueError(
-            f"{name}={fields[name]!r} is a field that from_hf does not know for {kind}, and it could change the "
-            "model's function; remove it from the configuration if it does not"
-        )
+    fields.drop(*_TABLES["harmless"], because="harmless")
+    fields.finish()
     return ModelConfig(**sizes, head_bias=False)
 
 
-def _from_gpt2(fields: _Fields) -> dict[str, Any]:
-    fields.require("scale_attn_weights", True)
-    fields.require("scale_attn_by_inverse_layer_idx", False)
-    fields.require("add_cross_attention", False)
+def _from_gpt2(fields: Fields) -> dict[str, Any]:
+    fields.require("scale_attn_weights", True, because=_ONLY)
+    fields.require("scale_attn_by_inverse_layer_idx", False, because=_ONLY)
+    fields.require("add_cross_attention", False, because=_ONLY)
     (activation,) = fields.take("activation_function")
     dropout, *others = fields.take(*_GPT2_DROPOUTS)
     if others != [dropout, dropout]:
@@ -142,20 +126,21 @@ def _from_gpt2(fields: _Fields) -> dict[str, Any]:
         )
     if activation not in _ACTIVATION:
         raise ValueError(f"activation_function={activation!r} is none of DecoderLM's; known: {', '.join(_ACTIVATION)}")
-    sizes = fields.rename(_GPT2)
+    sizes = dict(zip(_GPT2.values(), fields.take(*_GPT2)))
     sizes["d_ff"] = sizes["d_ff"] or 4 * sizes["d_model"]
     return sizes | dict(norm="layernorm", position="learned", activation=_ACTIVATION[activation], dropout=dropout)
 
 
-def _from_llama(kind: str, fields: _Fields) -> dict[str, Any]:
-    sizes = fields.rename(_LLAMA) | dict(norm="rmsnorm", position="rope", activation="swiglu")
-    sizes |= dict(
-        n_kv_heads=fields.pop("num_key_value_heads"), qkv_bias=False, attention_out_bias=False, ffn_bias=False
-    )
-    fields.require("hidden_act", "silu", "swish")
-    fields.require("head_dim", sizes["d_model"] // sizes["n_heads"], None)  # hidden_size / num_attention_heads
-    fields.require("attention_dropout", 0.0)
-    rope = dict(fields.pop("rope_parameters"))
+def _from_llama(kind: str, fields: Fields) -> dict[str, Any]:
+    sizes: dict[str, Any] = dict(zip(_LLAMA.values(), fields.take(*_LLAMA)))
+    sizes |= dict(norm="rmsnorm", position="rope", activation="swiglu")
+    sizes |= dict(qkv_bias=False, attention_out_bias=False, ffn_bias=False)
+    fields.require("hidden_act", "silu", "swish", because=_ONLY)
+    head_dim = sizes["d_model"] // sizes["n_heads"]
+    fields.require("head_dim", head_dim, None, because=f"DecoderLM's is hidden_size / num_attention_heads, {head_dim}")
+    fields.require("attention_dropout", 0.0, because=_ONLY)
+    rope, sizes["n_kv_heads"] = fields.take("rope_parameters", "num_key_value_heads")
+    rope = dict(rope)
     sizes["rope_theta"] = rope.pop("rope_theta")
     for name, only in (("rope_type", "default"), ("partial_rotary_factor", 1.0)):
         if (value := rope.pop(name, only)) != only:
@@ -163,23 +148,23 @@ def _from_llama(kind: str, fields: _Fields) -> dict[str, Any]:
     if rope:
         raise ValueError(f"rope_parameters has {', '.join(sorted(rope))}, which DecoderLM's plain RoPE does not use")
     if kind == "llama":
-        bias = fields.pop("attention_bias", False)
-        return sizes | dict(qkv_bias=bias, attention_out_bias=bias, ffn_bias=fields.pop("mlp_bias", False))
+        bias, ffn_bias = fields.take("attention_bias", "mlp_bias")
+        return sizes | dict(qkv_bias=bias, attention_out_bias=bias, ffn_bias=ffn_bias)
 
     layers, context = sizes["n_layers"], sizes["seq_len"]
     top_k, window, coefficient = fields.take("num_experts_per_tok", "sliding_window", "router_aux_loss_coef")
     renormalize, moe_layers = True, tuple(range(layers))
     if kind == "mixtral":
-        experts = fields.pop("num_local_experts")
-        fields.require("router_jitter_noise", 0.0)
+        (experts,) = fields.take("num_local_experts")
+        fields.require("router_jitter_noise", 0.0, because=_ONLY)
         if window is not None and window < context:
             raise ValueError(f"sliding_window={window} is shorter than the context of {context}; DecoderLM has none")
     else:
         experts, sizes["qkv_bias"], renormalize = fields.take("num_experts", "qkv_bias", "norm_topk_prob")
-        fields.require("use_sliding_window", False)
-        fields.require("shared_expert_intermediate_size", 0)
-        fields.require("layer_types", ["full_attention"] * layers)
-        fields.take("max_window_layers")
+        fields.require("use_sliding_window", False, because=_ONLY)
+        fields.require("shared_expert_intermediate_size", 0, because=_ONLY)
+        fields.require("layer_types", ["full_attention"] * layers, because=_ONLY)
+        fields.drop("max_window_layers", because="no layer has a window")
         dense, step, width = fields.take("mlp_only_layers", "decoder_sparse_step", "moe_intermediate_size")
         moe_layers = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
         if len(moe_layers) < layers and width != sizes["d_ff"]:

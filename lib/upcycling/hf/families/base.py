@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,6 @@ def table(name: str) -> Any:
     return json.loads(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
-def refuse(reason: str, nearest: str | None = None) -> NoReturn:
-    raise Refusal(reason, nearest)
-
-
 # ------------------------------------------------------------------------------------------------------ configuration
 
 _NAMES = table("fields.json")
@@ -48,9 +44,9 @@ _ABSENT = object()
 class Fields:
     """A dense configuration whose every field has to be accounted for.
 
-    `fields[name]` reads a field; `carry`, `replace`, `require` and `drop` account for it. A name that the configuration
-    does not have is passed over by all of them. `target` collects the MoE configuration's fields, `account` has one
-    sentence for each source field.
+    `fields[name]` reads a field; `take`, `carry`, `replace`, `require` and `drop` account for it. A name that the
+    configuration does not have is passed over by all of them. `target` collects the MoE configuration's fields,
+    `account` has one sentence for each source field.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -61,7 +57,7 @@ class Fields:
         self.drop(*INFORMATIONAL, because="informational")
         self.require("is_encoder_decoder", False, because="only decoders are known here")
         if self.values.get("quantization_config") is not None:
-            refuse("quantization_config: its weights are quantised", "load it, call .dequantize(), save it")
+            raise Refusal("quantization_config: its weights are quantised", "load it, call .dequantize(), save it")
         self.carry(*COMMON)
 
     def __getitem__(self, name: str) -> Any:
@@ -71,6 +67,11 @@ class Fields:
         """The field's value; `default` where it is absent or None."""
         value = self.values.get(name)
         return default if value is None else value
+
+    def take(self, *names: str) -> list[Any]:
+        """The fields' values, each accounted for; None where one is absent."""
+        self.drop(*names, because="taken")
+        return [self.values.get(name) for name in names]
 
     def carry(self, *names: str) -> None:
         """The field keeps its name, value and meaning."""
@@ -90,7 +91,7 @@ class Fields:
         if name not in self.values:
             return
         if self.values[name] not in allowed:
-            refuse(f"{name}={self.values[name]!r} cannot be kept: {because}", nearest)
+            raise Refusal(f"{name}={self.values[name]!r} cannot be kept, only {allowed[0]!r} can: {because}", nearest)
         self.account[name] = f"is {self.values[name]!r}, as it has to be"
 
     def drop(self, *names: str, because: str) -> None:
@@ -110,15 +111,11 @@ class Fields:
         self.replace("head_dim", "carried", head_dim=head_dim)
         return head_dim
 
-    def set(self, **target: Any) -> None:
-        """Fields of the target that the dense model does not have."""
-        self.target.update(target)
-
     def rope(self, *, layer_types: tuple[str, ...] = ()) -> None:
         """Carry `rope_parameters` with its theta (the target's default is another); once per layer type if given."""
         rope = _copy.deepcopy(self.values["rope_parameters"])
         if rope.get("partial_rotary_factor") not in (None, 1):
-            refuse(
+            raise Refusal(
                 f"rope_parameters: partial_rotary_factor={rope['partial_rotary_factor']} is not a field of this family"
             )
         rope.pop("partial_rotary_factor", None)
@@ -131,7 +128,7 @@ class Fields:
         for name, value in self.values.items():
             if name not in self.account:
                 if value is not None and defaults.get(name, _ABSENT) != value:
-                    refuse(
+                    raise Refusal(
                         f"the field {name}={value!r} is not known for {type(self.config).__name__} and could change it",
                         "take it out of config.json if it does not",
                     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Fields, Initialisation, Target, TargetTensor, kept, refuse
+from .base import Fields, Initialisation, Refusal, Target, TargetTensor, kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,11 +31,13 @@ def configure(
     fields.finish()
     moe, depth = target.moe, config.num_hidden_layers
     if num_experts < moe.fewest_experts:
-        refuse(f"{moe.name}'s router cannot run with {num_experts} expert", f"at least {moe.fewest_experts} experts")
+        raise Refusal(
+            f"{moe.name}'s router cannot run with {num_experts} expert", f"at least {moe.fewest_experts} experts"
+        )
     settings = {**moe.settings, moe.top_k: top_k}
     if len(layers) < depth:
         if moe.dense_layers is None:
-            refuse(
+            raise Refusal(
                 f"{moe.name} has no dense layers, so all {depth} layers become MoE layers or none", "leave out layers="
             )
         dense = [i for i in range(depth) if i not in layers]

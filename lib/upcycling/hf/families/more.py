@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .base import Fields, Rule, Target, kept, refuse
+from .base import Fields, Refusal, Rule, Target, kept
 from .classes import CLASSES
 from .rules import MIXTRAL, Own
 
@@ -86,14 +86,14 @@ def phi3(fields: Fields, target: Target) -> Target:
     # Only a part of each head is rotated: Mixtral rotates all of it, Glm4Moe does not.
     window = fields["sliding_window"]
     if window is not None and window < fields["max_position_embeddings"]:
-        refuse(
+        raise Refusal(
             f"sliding_window={window} and rope_parameters with partial_rotary_factor={share}: Mixtral has no partial "
             "rotation, Glm4Moe no window",
             "the model up to its window: set max_position_embeddings to it and sliding_window to None",
         )
     fields.drop("sliding_window", because="it is no shorter than the context")
     fields.replace("rope_parameters", "carried", rope_parameters={**rope, "partial_rotary_factor": share})
-    fields.set(attention_bias=False, use_qk_norm=False)
+    fields.target.update(attention_bias=False, use_qk_norm=False)
     fields.experts_width("intermediate_size", "moe_intermediate_size")
     tensors = _same_with(GLM4_MOE.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
     return Target(GLM4_MOE, {**tensors, **attention}, notes=notes, exact_up_to=window)
@@ -126,13 +126,14 @@ def helium(fields: Fields, target: Target) -> Target:
 
 def smollm3(fields: Fields, target: Target) -> Target:
     if "sliding_attention" in fields["layer_types"]:
-        refuse(
+        raise Refusal(
             "layer_types has layers with a sliding window, and Llama4 has chunks instead",
             "the model with use_sliding_window=False",
         )
     fields.carry("layer_types")
     fields.drop("use_sliding_window", "sliding_window", because="no layer has a window")
-    fields.set(attention_chunk_size=fields["max_position_embeddings"])  # no layer is chunked; None fails in 5.23
+    # no layer is chunked; None fails in 5.23
+    fields.target["attention_chunk_size"] = fields["max_position_embeddings"]
     fields.experts_width("intermediate_size", "intermediate_size_mlp")
     parts = ["weight", "bias"] if fields["attention_bias"] else ["weight"]
     return replace(target, tensors=_sorted_heads(halves_to_paired, fields.head_dim(), *parts))

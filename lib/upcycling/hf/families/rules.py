@@ -25,7 +25,7 @@ carry out the same list: `engine.build(target, …) -> tuple[TargetTensor, …]`
 used by no target, or a target has no source.
 
 To add a family: write its row, its class in `classes.json` if it is not there, and a line of tiny configurations in the
-tests' `tiny_families.json`. `refuse(reason, nearest)` ends a rule where no stock class fits.
+tests' `tiny_families.json`. `raise Refusal(reason, nearest)` ends a rule where no stock class fits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .base import DECODER, Fields, Target, refuse, table
+from .base import DECODER, Fields, Refusal, Target, table
 from .classes import CLASSES
 
 ROWS: dict[str, dict[str, Any]] = table("families.json")
@@ -80,17 +80,17 @@ def take_steps(fields: Fields, row: dict[str, Any]) -> None:
         elif step == "known_layer_types":
             _check_layer_types(fields)
         elif step == "set":
-            fields.set(**what)
+            fields.target.update(**what)
         elif step not in ("except", "width_also", "class", "notes"):
             raise AssertionError(f"{step} is no step of a family's row")
 
 
 def _check_layer_types(fields: Fields) -> None:
-    unknown = set(fields["layer_types"]) - {"full_attention", "sliding_attention"}
+    unknown = sorted(set(fields["layer_types"]) - {"full_attention", "sliding_attention"})
     if unknown:
-        refuse(f"layer_types has {', '.join(sorted(unknown))}: only full_attention and sliding_attention are known")
+        raise Refusal(f"layer_types has {', '.join(unknown)}: only full_attention and sliding_attention are known")
     if "sliding_attention" in fields["layer_types"] and fields["sliding_window"] is None:
-        refuse(
+        raise Refusal(
             "layer_types has sliding layers but there is no sliding_window (use_sliding_window=False?)",
             "give it a window",
         )
@@ -106,7 +106,7 @@ def llama(fields: Fields, target: Target) -> Target:
     # Mixtral has no attention biases; GraniteMoe is Llama's block with four multipliers, neutral here.
     fields.carry("attention_bias")
     head_dim = fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-    fields.set(
+    fields.target.update(
         attention_multiplier=head_dim**-0.5, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0
     )
     engines = dict.fromkeys(("vLLM", "llama.cpp"), "attention bias not checked")
@@ -135,7 +135,7 @@ def olmo3(fields: Fields, target: Target) -> Target:
     kinds = set(fields["layer_types"])
     ropes = [fields["rope_parameters"][kind] for kind in sorted(kinds)]
     if any(rope != ropes[0] for rope in ropes):
-        refuse(
+        raise Refusal(
             "rope_parameters differ between full and sliding layers, and FlexOlmo has one rotation for all",
             "a modelling file of your own, loaded with trust_remote_code",
         )
@@ -152,9 +152,9 @@ def olmo3(fields: Fields, target: Target) -> Target:
 
 def gemma4(fields: Fields, target: Target) -> Target:
     if fields["use_double_wide_mlp"] and fields["num_kv_shared_layers"]:
-        refuse("use_double_wide_mlp gives some layers a wider FFN, and all experts of Gemma4 have one width")
+        raise Refusal("use_double_wide_mlp gives some layers a wider FFN, and all experts of Gemma4 have one width")
     if fields["rms_norm_eps"] > 1e-6:
-        refuse(
+        raise Refusal(
             f"rms_norm_eps={fields['rms_norm_eps']}: Gemma4 norms an expert layer's output twice, exact only as eps → 0"
         )
     return target
@@ -164,7 +164,7 @@ def cohere(fields: Fields, target: Target) -> Target:
     fields.require("use_qk_norm", False, None, because="Cohere2Moe has no norms of queries and keys")
     # Cohere2Moe rotates only where there is a window; one as long as the context hides nothing.
     context = fields["max_position_embeddings"]
-    fields.set(layer_types=["sliding_attention"] * fields["num_hidden_layers"], sliding_window=context)
+    fields.target.update(layer_types=["sliding_attention"] * fields["num_hidden_layers"], sliding_window=context)
     note = "Every layer has a window as long as the context, because Cohere2Moe rotates only in such layers."
     return replace(target, exact_up_to=context, notes=(note,))
 

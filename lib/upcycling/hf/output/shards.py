@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ...files import replacing
@@ -71,17 +72,13 @@ class Shard:
 
 def plan_shards(entries: list[TargetTensor], max_shard_size: int) -> tuple[Shard, ...]:
     """Distribute tensors, in order, over files of at most `max_shard_size` bytes (a larger tensor gets its own)."""
-    groups: list[list[TargetTensor]] = [[]]
-    size = 0
-    for entry in entries:
-        if groups[-1] and size + entry.bytes > max_shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += entry.bytes
+    by_name = {entry.name: entry for entry in entries}
+    split = split_state_dict_into_shards_factory(
+        by_name, get_storage_size=lambda entry: entry.bytes, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
     # Wide types first, as safetensors writes them: then every tensor begins at a multiple of its element size.
-    contents = [tuple(sorted(group, key=lambda entry: -entry.dtype.itemsize)) for group in groups]
-    if len(contents) == 1:
-        return (Shard("model.safetensors", contents[0]),)
-    many = len(contents)
-    return tuple(Shard(f"model-{i:05d}-of-{many:05d}.safetensors", group) for i, group in enumerate(contents, 1))
+    return tuple(
+        Shard(file, tuple(sorted((by_name[name] for name in names), key=lambda entry: -entry.dtype.itemsize)))
+        for file, names in split.filename_to_tensors.items()
+    )
