@@ -34,6 +34,13 @@ ROUTER_STD = {"lfm2": 0.02}
 VARIANTS = [(kind, i) for kind in sorted(FAMILIES) for i in range(len(TINY.get(kind, [{}])))]
 
 
+@pytest.fixture(autouse=True)
+def _no_weights_drawn_twice(monkeypatch):
+    """torch's own start of a layer is overwritten at once, by transformers' and then by make_dense or a file."""
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda _: None)
+    monkeypatch.setattr(torch.nn.Embedding, "reset_parameters", torch.nn.Embedding._fill_padding_idx_with_zero)
+
+
 def tiny_values(kind, variant=0):
     return {**BASE, **copy.deepcopy(TINY.get(kind, [{}])[variant])}
 
@@ -198,7 +205,8 @@ def outcome(kind, values, names):
     """'equal', 'refused' or 'not a dense model'; fails when the MoE computes something else."""
     try:
         dense = make_dense(kind, values)
-        expected = logits(dense, tokens(dense.config.vocab_size))
+        ids_BT = tokens(dense.config.vocab_size)
+        expected = logits(dense, ids_BT)
         assert expected.isfinite().all() and expected.std() > 0
     except Exception:  # a value that transformers itself does not take, cannot run, or that leaves nothing to compare
         return "not a dense model"
@@ -208,27 +216,31 @@ def outcome(kind, values, names):
     except Refusal as refusal:
         assert any(name in refusal.reason for name in names), f"{kind}: {changed} refused without a name: {refusal}"
         return "refused"
-    length = min(T, moe.config.get_text_config().max_position_embeddings)
-    ids_BT = tokens(dense.config.vocab_size, length)
-    expected, got = logits(dense, ids_BT), logits(moe, ids_BT)
-    assert difference(expected, got) <= 1e-5, f"{kind}: {changed}"
+    if (length := moe.config.get_text_config().max_position_embeddings) < T:
+        ids_BT = ids_BT[:, :length]
+        expected = logits(dense, ids_BT)
+    assert difference(expected, logits(moe, ids_BT)) <= 1e-5, f"{kind}: {changed}"
     return "equal"
 
 
 @pytest.mark.parametrize(
     "kind,variant", [pytest.param(*v, marks=[] if v in FLIPPED_ALWAYS else pytest.mark.slow) for v in VARIANTS]
 )
-def test_flip_every_field(kind, variant):
+def test_flip_every_field(kind, variant, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread for each tensor costs more than the tensor
     values = tiny_values(kind, variant)
     config = transformers.AutoConfig.for_model(kind, **copy.deepcopy(values))
-    untried = []
+    untried, outcomes = [], {}
     for name, value in config.to_dict().items():
         if name in NEVER_READ:
             continue
         found = Counter()
         for changes in alternatives(name, value, config):
             if changes[name] != value:
-                found[outcome(kind, {**copy.deepcopy(values), **copy.deepcopy(changes)}, list(changes))] += 1
+                key = repr(changes)
+                if key not in outcomes:
+                    outcomes[key] = outcome(kind, {**copy.deepcopy(values), **copy.deepcopy(changes)}, list(changes))
+                found[outcomes[key]] += 1
         if not found["equal"] + found["refused"]:
             untried.append(name)
     assert not untried, f"no other value of {untried} was tried: add some to alternatives()"
@@ -703,16 +715,20 @@ def test_a_real_model_tells_the_same_story(tmp_path):
     assert expected.abs().max() > 5 and difference(expected, logits(moe.double(), ids_BT)) <= 1e-6
 
 
-def loss_on(model, tokenizer, texts):
-    """(mean nats per token, tokens) over texts joined by BOS, in windows of the context."""
-    ids_N = torch.tensor([i for text in texts for i in [model.config.bos_token_id, *tokenizer(text)["input_ids"]]])
-    total, count = 0.0, 0
-    for window_T in ids_N.split(model.config.max_position_embeddings):
+def losses_on(models, tokenizer, texts):
+    """([mean nats per token of each model], tokens, the largest difference between logits) over texts joined by BOS."""
+    config = models[0].config
+    ids_N = torch.tensor([i for text in texts for i in [config.bos_token_id, *tokenizer(text)["input_ids"]]])
+    totals, count, apart = torch.zeros(len(models), dtype=torch.float64), 0, 0.0
+    for window_T in ids_N.split(config.max_position_embeddings):
         if len(window_T) > 1:
-            logits_TV = logits(model, window_T[None])[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits_TV.double(), window_T[1:], reduction="sum"))
+            found = [logits(model, window_T[None])[0, :-1] for model in models]
+            totals += torch.stack(
+                [torch.nn.functional.cross_entropy(each.double(), window_T[1:], reduction="sum") for each in found]
+            )
             count += len(window_T) - 1
-    return total / count, count
+            apart = max(apart, difference(*found))
+    return (totals / count).tolist(), count, apart
 
 
 @pytest.mark.parametrize(
@@ -720,7 +736,7 @@ def loss_on(model, tokenizer, texts):
     [
         (TINY_LLAMA, 12, 2.0, 2.5),
         pytest.param(SHARED / "stories260K", 12, 1.0, 1.6, marks=needs_shared),
-        pytest.param(SHARED / "stories260K", None, 1.0, 1.6, marks=[needs_shared, pytest.mark.slow]),
+        pytest.param(SHARED / "stories260K", 200, 1.0, 1.6, marks=[needs_shared, pytest.mark.slow]),
     ],
 )
 def test_the_loss_on_real_stories_is_unchanged_to_five_decimals(folder, many, low, high):
@@ -730,8 +746,9 @@ def test_the_loss_on_real_stories_is_unchanged_to_five_decimals(folder, many, lo
     if folder != TINY_LLAMA:
         lines = (SHARED / "tinystories_valid.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-    before, count = loss_on(dense, tokenizer, texts[:many])
-    after, _ = loss_on(upcycle_pretrained(dense, 8, 2), tokenizer, texts[:many])
+    models = dense, upcycle_pretrained(dense, 8, 2)
+    (before, after), count, apart = losses_on(models, tokenizer, texts[:many])
     assert count > 2000 and low < before < high
     assert abs(after - before) < 5e-6
-    print(f"{count} tokens: {before:.7f} and {after:.7f}")
+    assert apart <= 1e-5  # of every single logit: a mean over many tokens hides what happens to a few
+    print(f"{count} tokens: {before:.7f} and {after:.7f}, logits within {apart:.1e}")

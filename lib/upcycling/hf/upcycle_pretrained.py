@@ -75,7 +75,7 @@ def upcycle_pretrained(
         made[tensor.name] = value.clone() if shared and tensor.kind != "expert" else value
     with quiet():
         moe, loading = getattr(transformers, str(carried_out.target)).from_pretrained(
-            None, config=copy.deepcopy(carried_out.config), state_dict=made, dtype=carried_out.dtype,
+            None, config=carried_out.config, state_dict=made, dtype=carried_out.dtype,
             attn_implementation=dense.config._attn_implementation, output_loading_info=True,
         )  # fmt: skip
     check_loading(loading, str(carried_out.target))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy as _copy
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -63,9 +62,9 @@ def configure(
 def hub_shapes(config: PreTrainedConfig, class_name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """(Name -> shape of each tensor that `save_pretrained` writes for this class, tied name -> its twin); no memory."""
     import transformers
+    from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+    with torch.device("meta"), no_init_weights():
         model = getattr(transformers, class_name)._from_config(_copy.deepcopy(config))
     return {name: tuple(tensor.shape) for name, tensor in hub_tensors(model).items()}, dict(model.all_tied_weights_keys)
 
