@@ -15,14 +15,14 @@ from upcycling.core.moe import MoELayer
 
 def test_ratios_are_paired_and_the_middle_one_is_reported():
     seconds = {"a": [2.0, 3.0, 40.0, 5.0, 600.0], "b": [1.0, 1.0, 10.0, 1.0, 100.0]}  # a slow round slows both
-    result = compared("case", "", seconds, "a", "b", at_most=3.9)
+    result = compared("case", "", seconds, "a", "b", goal=3.9)
     assert (result.lower_quartile, result.ratio, result.upper_quartile) == (3, 4, 5)
     assert result.rounds == 5 and result.measure == "time" and result.reached is False
-    assert compared("case", "", seconds, "a", "b", at_most=4.0).reached is True
+    assert compared("case", "", seconds, "a", "b", goal=4.0).reached is True
     assert compared("case", "", seconds, "a", "b").reached is None
-    speed = compared("case", "", seconds, "b", "a", at_least=4.0)
+    speed = compared("case", "", seconds, "b", "a", measure="speed", goal=4.0)
     assert (speed.ratio, speed.measure, speed.reached) == (4, "speed", True)
-    assert compared("case", "", seconds, "b", "a", at_least=4.1).reached is False
+    assert compared("case", "", seconds, "b", "a", measure="speed", goal=4.1).reached is False
 
 
 def test_runs_in_turn_and_leaves_the_warm_up_out():
@@ -77,7 +77,7 @@ def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
 
 def test_the_table_says_what_was_reached(capsys):
     seconds = {"a": [2.0, 2.0], "b": [1.0, 1.0]}
-    lines = [compared("c", "here", seconds, "a", "b", at_most=1.5), compared("c", "here", seconds, "a", "b")]
+    lines = [compared("c", "here", seconds, "a", "b", goal=1.5), compared("c", "here", seconds, "a", "b")]
     lines.append(replace(lines[0], setting="there", measure="speed"))
     text = bench.table(lines)
     assert text.count("c: here") == text.count("c: there") == text.count("MISSED") == text.count("reached") == 1

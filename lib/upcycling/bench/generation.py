@@ -34,7 +34,7 @@ def compare(bench: Bench) -> list[Comparison]:
             kind = f"MoE, {EXPERTS.num_experts} experts top-{EXPERTS.top_k}" if config.moe else "dense"
             setting = f"{name} {kind}, batch 1, {NEW} tokens after {PROMPT}, {megabytes:.0f} MB active"
             results += [
-                compared("generation", setting, seconds, OURS, THEIRS, at_least=goal),
+                compared("generation", setting, seconds, OURS, THEIRS, "speed", goal),
                 compared("generation", setting, seconds, OURS, FLOOR),
             ]
     return results

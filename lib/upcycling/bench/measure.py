@@ -91,26 +91,13 @@ class Bench:
 
 
 def compared(
-    case: str,
-    setting: str,
-    seconds: dict[str, Sequence[float]],
-    name: str,
-    peer: str,
-    *,
-    at_most: float | None = None,
-    speed: bool = False,
-    at_least: float | None = None,
+    case: str, setting: str, seconds: dict[str, list[float]], name: str, peer: str, measure="time", goal=None
 ) -> Comparison:
-    """The Comparison of two of the candidates that `Bench.times` ran; at least two rounds.
-
-    Ratio of times with the goal `at_most`; with `speed` or a goal `at_least` it is turned round: peer / ours.
-    """
-    speed = speed or at_least is not None
-    pairs = zip(seconds[peer], seconds[name], strict=True) if speed else zip(seconds[name], seconds[peer], strict=True)
-    lower, middle, upper = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
-    goal = at_least if speed else at_most
-    measure = "speed" if speed else "time"
-    return Comparison(case, name, peer, setting, measure, middle, lower, upper, len(seconds[name]), goal)
+    """The Comparison of two of the candidates that `Bench.times` ran; at least two rounds."""
+    above, below = (name, peer) if measure == "time" else (peer, name)
+    ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Comparison(case, name, peer, setting, measure, middle, lower, upper, len(ratios), goal)
 
 
 def table(comparisons: Sequence[Comparison]) -> str:

@@ -49,8 +49,8 @@ def _dense(bench: Bench, rounds: int) -> list[Comparison]:
     gpt = NanoGPT(SHAPE, d_ff=SHAPE.d_ff * 3 // 2).to(bench.device)  # two matrices of 1.5 times the width: equal FLOPs
     models = {"ours": ours, "transformers Llama": to_hf(ours), "nanoGPT-like": gpt} | _compiled(bench, ours)
     seconds = _times(bench, rounds, models)
-    goals = {"transformers Llama": dict(at_least=1.15), "nanoGPT-like": dict(at_least=1.0), FLOOR: {}}
-    return _lines(SHAPE, seconds, goals, {})
+    goals = {"transformers Llama": ("speed", 1.15), "nanoGPT-like": ("speed", 1.0), FLOOR: ()}
+    return _lines(SHAPE, seconds, goals, {"ours": ("speed",)})
 
 
 def _moe(bench: Bench, rounds: int) -> list[Comparison]:
@@ -62,18 +62,16 @@ def _moe(bench: Bench, rounds: int) -> list[Comparison]:
         peers[name].set_experts_implementation(implementation)
         peers[name].config.output_router_logits = False  # their balance loss is another one: ours alone pays for it
     seconds = _times(bench, rounds, {"ours": ours} | peers | _compiled(bench, ours))
-    goals = dict(zip(names, (dict(at_least=1.15), dict(at_least=1.3))))
-    compiled = dict(zip(names, (dict(at_least=1.25), dict(at_least=1.4))))
-    return _lines(MOE, seconds, goals | {FLOOR: {}}, compiled)
+    goals = dict(zip(names, (("speed", 1.15), ("speed", 1.3)))) | {FLOOR: ()}
+    return _lines(MOE, seconds, goals, dict(zip(names, (("speed", 1.25), ("speed", 1.4)))))
 
 
-def _lines(config: ModelConfig, seconds, goals: dict[str, dict], goals_compiled: dict[str, dict]) -> list[Comparison]:
+def _lines(config: ModelConfig, seconds, goals: dict[str, tuple], goals_compiled: dict[str, tuple]) -> list[Comparison]:
     whole, active = (DecoderLM(config).num_parameters(active) / 1e6 for active in (False, True))
     setting = f"training step, {whole:.1f}M parameters, {active:.1f}M active, {BATCH} x {config.seq_len} tokens"
-    lines = [compared("step", setting, seconds, "ours", peer, **goal) for peer, goal in goals.items()]
+    lines = [compared("step", setting, seconds, "ours", peer, *goal) for peer, goal in goals.items()]
     if COMPILED in seconds:
-        peers = goals_compiled or {"ours": dict(speed=True)}
-        lines += [compared("step", setting, seconds, COMPILED, peer, **goal) for peer, goal in peers.items()]
+        lines += [compared("step", setting, seconds, COMPILED, peer, *goal) for peer, goal in goals_compiled.items()]
     return lines
 
 

@@ -30,6 +30,7 @@ from ..kernels.choice import ON
 from ..kernels.few_rows import ONE_ROW, computed
 
 Function = Callable[[np.ndarray], np.ndarray]
+Feed = Callable[[np.ndarray, int], tuple[np.ndarray, int]]  # (x_D, token) -> (y_D, the FLOPs that torch did not see)
 _KNOWN: tuple[type, ...] = (DecoderLM, Block, Attention, FeedForward, MoELayer, Experts, nn.Module, nn.ModuleList)
 _KNOWN += (nn.Linear, Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
 
@@ -71,7 +72,7 @@ class Decoder:
             self.rotary = _tables(self.config, self.embedding_VD.dtype)
         self.layers, self.flops = [], 0  # flops: of the products that every token takes and torch does not see
         for block in model.blocks:
-            feed = SparseFeed(block.ffn) if isinstance(block.ffn, MoELayer) else DenseFeed(block.ffn)
+            feed = _experts(block.ffn) if isinstance(block.ffn, MoELayer) else _ffn(block.ffn)
             self.layers.append((_norm(block.attention_norm), self._attention(block), _norm(block.ffn_norm), feed))
         self.norm, self.head = _norm(model.norm), _linear(model.head)
         self.flops += self.head.flops
@@ -178,34 +179,26 @@ class Unit:
         return self.down(activate(self.activation, torch.from_numpy(self.up(x_D)), gate_F).numpy())
 
 
-class DenseFeed:
-    """An FFN: (y_D, the FLOPs that torch did not see)."""
-
-    def __init__(self, ffn: FeedForward):
-        gate = None if ffn.gate is None else _linear(ffn.gate)
-        self.unit = Unit(ffn.activation, _linear(ffn.up), gate, _linear(ffn.down))
-
-    def __call__(self, x_D: np.ndarray, token: int) -> tuple[np.ndarray, int]:
-        return self.unit(x_D), self.unit.flops
+def _ffn(ffn: FeedForward) -> Feed:
+    gate = None if ffn.gate is None else _linear(ffn.gate)
+    unit = Unit(ffn.activation, _linear(ffn.up), gate, _linear(ffn.down))
+    return lambda x_D, token: (unit(x_D), unit.flops)
 
 
-class SparseFeed:
-    """The experts that the layer's own `route` chooses: (y_D, the FLOPs that torch did not see)."""
+def _experts(layer: MoELayer) -> Feed:
+    """The experts that the layer's own `route` chooses."""
+    units, shared = _units(layer.experts), None if layer.shared is None else _units(layer.shared)[0]
 
-    def __init__(self, layer: MoELayer):
-        self.layer, self.units = layer, _units(layer.experts)
-        self.shared = None if layer.shared is None else _units(layer.shared)[0]
-
-    def __call__(self, x_D: np.ndarray, token: int) -> tuple[np.ndarray, int]:
-        routing = self.layer.route(torch.from_numpy(x_D)[None], torch.tensor([token]))
-        y_D, flops = np.zeros_like(x_D), 0
-        if self.shared is not None:
-            y_D, flops = self.shared(x_D), self.shared.flops
+    def feed(x_D: np.ndarray, token: int) -> tuple[np.ndarray, int]:
+        routing = layer.route(torch.from_numpy(x_D)[None], torch.tensor([token]))
+        y_D, flops = (np.zeros_like(x_D), 0) if shared is None else (shared(x_D), shared.flops)
         for e, weight in zip(routing.expert_ids_NK[0].tolist(), routing.weights_NK[0].tolist()):
             if weight:  # a choice that was not kept has weight 0
-                y_D += weight * self.units[e](x_D)
-                flops += self.units[e].flops
+                y_D += weight * units[e](x_D)
+                flops += units[e].flops
         return y_D, flops
+
+    return feed
 
 
 def _units(experts: Experts) -> list[Unit]:

@@ -37,7 +37,7 @@ def generate(
     top_p: float | None = None,
     repetition_penalty: float | None = None,
     num_samples: int = 1,
-    seed: int | torch.Generator = 0,
+    seed: int = 0,
     on_tokens: Callable[[list[int | None]], object] | None = None,
 ) -> Tensor | list[Tensor]:
     """Each prompt and its continuation: (B, T + new) for a tensor of prompts, a list of 1-D tensors for a list.
@@ -47,7 +47,7 @@ def generate(
     whose probabilities add up to `top_p`. A `repetition_penalty` above 1 makes tokens that the row has already, prompt
     included, less probable, and goes with both. All four are transformers' logits processors, in its order.
     `num_samples` rows are drawn for each prompt, those of a prompt next to each other. The same `seed` draws the same
-    tokens; torch's global random state is neither used nor changed. A Generator must be on the model's device.
+    tokens; torch's global random state is neither used nor changed.
 
     A row that has produced `eos_id` (or one of several) is finished; decoding stops when all rows are. In a tensor, a
     finished row is filled up with the token that ended it; in a list, it ends with that token. `on_tokens` is called
@@ -65,8 +65,9 @@ def generate(
     prompts = _checked_prompts(prompt_BT, model.config.vocab_size)
     max_new_tokens = _checked_room(prompts, max_new_tokens, model.config.seq_len)
     ends = _checked_ends(eos_id, model.config.vocab_size)
-    pick = _picker(temperature, top_k, top_p, repetition_penalty, num_samples, seed)
     device = prompt_BT.device if isinstance(prompt_BT, Tensor) else next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(whole_number("seed", seed))
+    pick = _picker(temperature, top_k, top_p, repetition_penalty, num_samples, generator)
     rows = [prompt.tolist() for prompt in prompts for _ in range(num_samples)]
     ends_at = [len(prompt) + max_new_tokens for prompt in rows]  # or before, where a row produces one of `ends`
     tokens_BT = torch.zeros(len(rows), max(ends_at), dtype=torch.long, device=device)
@@ -113,8 +114,8 @@ def _with_cache(model, batch_size: int) -> Callable[[Tensor], Tensor]:
     return logits_after
 
 
-def _picker(temperature, top_k, top_p, repetition_penalty, num_samples, seed) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function that chooses next_B, given the tokens so far and the logits after them."""
+def _picker(temperature, top_k, top_p, repetition_penalty, num_samples, generator) -> Callable:
+    """The function that chooses next_B, given the tokens so far (B, T) and the logits after them (B, V)."""
     sampling = any(setting is not None for setting in (temperature, top_k, top_p))
     if whole_number("num_samples", num_samples) < 1:
         raise ValueError(f"num_samples={num_samples} gives no text; choose at least 1")
@@ -124,18 +125,14 @@ def _picker(temperature, top_k, top_p, repetition_penalty, num_samples, seed) ->
             "own probabilities)"
         )
     processors = _processors(temperature, top_k, top_p, repetition_penalty)
-    generator = seed if isinstance(seed, torch.Generator) else None
 
     def pick(tokens_BT: Tensor, logits_BV: Tensor) -> Tensor:
-        nonlocal generator
         if processors or sampling:
             logits_BV = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
         for processor in processors:
             logits_BV = processor(tokens_BT, logits_BV)
         if not sampling:
             return logits_BV.argmax(-1)
-        if generator is None:
-            generator = torch.Generator(logits_BV.device).manual_seed(whole_number("seed", seed))
         return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
 
     return pick

@@ -110,7 +110,10 @@ def overview(result: dict) -> str:
         if row["arm"] != control:
             line[f"{row['budget']}: from dense"] = plus_minus(row["difference"], row["paired_spread"], "+")
     for arm, line in lines.items():
-        line |= _routing_cells([r for r in result["rows"] if (r["arm"], r["budget"]) == (arm, budgets[0])])
+        rows = [row for row in result["rows"] if (row["arm"], row["budget"]) == (arm, budgets[0])]
+        for column, (name, over_layers, style) in _ROUTING.items():
+            known = [over_layers(row[name]) for row in rows if row.get(name) and None not in row[name]]
+            line[column] = format(statistics.mean(known), style) if known else ""
     columns = [name for name in [*columns, *_ROUTING] if any(line.get(name) for line in lines.values())]
     text = Table(lines.values(), columns).markdown()
     if "shared_within" in result and len(budgets) > 1:
@@ -123,12 +126,3 @@ def plus_minus(mean: float, spread: float, sign: str = "") -> str:
     if mean != mean:
         return ""
     return f"{mean:{sign}.4f}" + ("" if spread != spread else f" ± {spread:.4f}")
-
-
-def _routing_cells(rows: Sequence[dict]) -> dict[str, str]:
-    """The routing columns of `overview`: means over `rows`, empty where they are not known."""
-    cells = {}
-    for column, (name, over_layers, style) in _ROUTING.items():
-        values = [over_layers(row[name]) for row in rows if row.get(name) and None not in row[name]]
-        cells[column] = format(statistics.mean(values), style) if values else ""
-    return cells

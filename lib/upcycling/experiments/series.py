@@ -5,15 +5,12 @@ into it, and loaded after that. Making and loading leave the caller's random num
 UPCYCLING_PRESET picks the sizes (quick, laptop, gpu), UPCYCLING_CORPUS another corpus (a name or a path).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,10 +28,8 @@ from ..text.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.records import TrainResult
+from .arms import Arm
 from .presets import PRESETS, Preset
-
-if TYPE_CHECKING:
-    from .arms import Arm
 
 
 def artifacts_dir() -> Path:

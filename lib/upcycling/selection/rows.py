@@ -17,8 +17,6 @@ def _texts(rows: Rows, column: str, numbers: list[int]) -> Iterator[str]:
     """The texts of the rows with these ascending numbers; raises TypeError for one that is not a str."""
     if hasattr(rows, "select"):
         texts = (text for batch in _read(rows.select(numbers), [column]) for text in batch[column])
-    elif isinstance(rows, Sequence):
-        texts = (batch[column][0] for number in numbers for batch in _read([rows[number]], [column]))
     else:
         wanted = set(numbers)
         everything = (text for batch in _read(rows, [column]) for text in batch[column])

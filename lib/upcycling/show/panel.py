@@ -5,8 +5,6 @@ what was typed) is here. The browser shows the view's strips as real buttons: th
 How they look is in `assets/panels.css`.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -16,15 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as W
+from matplotlib.figure import Figure
 
 from .strips import strip_figure
 from .style import MONO, expert_colour, ink, png, printable, visible
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -258,8 +254,6 @@ def card_sizes(probabilities: Sequence[float]) -> str:
 
 def _text_figure(lines: Sequence[str]) -> Figure:
     """Lines of plain text, wrapped, as a figure."""
-    from matplotlib.figure import Figure
-
     wrapped = [part for line in lines for part in textwrap.wrap(printable(line, 2000), 110)]
     figure = Figure(figsize=(9, 0.1 + 0.18 * len(wrapped)))
     figure.text(0.01, 0.5, "\n".join(wrapped), fontsize=9, va="center", family=MONO, parse_math=False)

@@ -62,12 +62,9 @@ def load_corpus(
         raise ValueError(f"world is for the corpus 'worlds', not for {str(name)!r}")
     if name == "worlds":
         return _load_worlds(documents or WORLDS_DOCUMENTS, validation_fraction, seed, cache_dir, world)
-    if name in HUB:
-        splits = _load_hub(name, cache_dir)
-        if name == "tinystories":
-            splits = _mended(splits)
-    else:
-        splits = _mended(_load_local(Path(name).expanduser(), cache_dir))
+    splits = _load_hub(name, cache_dir) if name in HUB else _load_local(Path(name).expanduser(), cache_dir)
+    if name != "cosmopedia-100k":
+        splits = {key: split.map(_mend_batch, batched=True, desc="mending quotes") for key, split in splits.items()}
     if documents is not None:
         splits = {key: split.select(range(min(documents, len(split)))) for key, split in splits.items()}
     return _as_train_and_validation(splits, validation_fraction, seed, str(name))
@@ -267,10 +264,6 @@ def _text_hashes(dataset, seed: int, name: str) -> np.ndarray:
             hashes[position] = int.from_bytes(digest, "little") if text and not text.isspace() else _NO_TEXT
             position += 1
     return hashes
-
-
-def _mended(splits: dict) -> dict:
-    return {key: split.map(_mend_batch, batched=True, desc="mending quotes") for key, split in splits.items()}
 
 
 def _mend_batch(batch: dict) -> dict:

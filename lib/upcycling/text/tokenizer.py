@@ -155,11 +155,10 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """UTF-8 bytes that one token of `texts` stands for on average; bos and eos are not counted."""
-    tokenizer = for_plain_text(tokenizer)
     size = tokens = 0
     for batch in in_batches(texts):
         size += sum(len(text.encode()) for text in batch)
-        tokens += sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
+        tokens += sum(map(len, encode_plain(tokenizer, batch)))
     if tokens == 0:
         raise ValueError("bytes_per_token needs at least one text that is not empty")
     return size / tokens
