@@ -8,6 +8,8 @@ kernels, core, text, training, decoding, variants, routing, hf, cost and selecti
 how upcycling works, read core, then text and training; README.md gives the files in order.
 """
 
+from __future__ import annotations
+
 import ast
 import importlib
 from typing import TYPE_CHECKING

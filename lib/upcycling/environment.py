@@ -1,5 +1,7 @@
 """Does this machine have what the notebooks need, and where do they keep what they make?"""
 
+from __future__ import annotations
+
 import os
 import platform
 import re

@@ -444,14 +444,19 @@ def test_twins_can_differ():
 # ---------------------------------------------------------------------------------------------------------- router rows
 
 
+def domains(*texts):
+    """Texts by name, each tokens_BT, all of them real, or (tokens_BT, targets_BT)."""
+    return {str(i): text if isinstance(text, tuple) else (text, text) for i, text in enumerate(texts)}
+
+
 def test_router_rows_are_the_centred_means_of_the_ffn_inputs():
     dense = make_dense("simple").train()
-    texts = {"a": TOKENS_BT[:3], "b": TOKENS_BT[3:5], "c": TOKENS_BT[5:]}
+    texts = domains(TOKENS_BT[:3], TOKENS_BT[3:5], TOKENS_BT[5:])
     rows_LCD = router_rows(dense, texts, router_std=0.1)
     assert rows_LCD.shape == (2, 3, 16) and dense.training
     seen = []
     hook = dense.blocks[1].ffn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    for tokens_BT in texts.values():
+    for tokens_BT, _ in texts.values():
         dense.eval()(tokens_BT)
     hook.remove()
     means_CD = torch.stack([x_BTD.mean((0, 1)) for x_BTD in seen])
@@ -461,13 +466,13 @@ def test_router_rows_are_the_centred_means_of_the_ffn_inputs():
     )
     targets_BT = TOKENS_BT.clone()
     targets_BT[:, 6:] = -100
-    padded = router_rows(dense, [(TOKENS_BT[:3], targets_BT[:3]), TOKENS_BT[3:, :6]])
-    torch.testing.assert_close(padded, router_rows(dense, [TOKENS_BT[:3, :6], TOKENS_BT[3:, :6]]))
+    padded = router_rows(dense, domains((TOKENS_BT[:3], targets_BT[:3]), TOKENS_BT[3:, :6]))
+    torch.testing.assert_close(padded, router_rows(dense, domains(TOKENS_BT[:3, :6], TOKENS_BT[3:, :6])))
 
 
 def test_routers_made_of_rows():
     dense = make_dense()
-    rows_LCD = router_rows(dense, [TOKENS_BT[:3], TOKENS_BT[3:5], TOKENS_BT[5:]])
+    rows_LCD = router_rows(dense, domains(TOKENS_BT[:3], TOKENS_BT[3:5], TOKENS_BT[5:]))
     exact = upcycle(dense, MoEConfig(num_experts=3, layers=(1,)), router_rows=rows_LCD)
     torch.testing.assert_close(exact.blocks[1].ffn.router.weight, rows_LCD[1].float())
     assert distance(dense, exact) < 1e-5
@@ -482,11 +487,11 @@ def test_routers_made_of_rows():
     with pytest.raises(ValueError, match=r"1\.\.2"):
         upcycle(dense, MoEConfig(num_experts=2), router_rows=rows_LCD)
     with pytest.raises(ValueError, match="give at least 2"):
-        router_rows(dense, [TOKENS_BT])
+        router_rows(dense, domains(TOKENS_BT))
     with pytest.raises(ValueError, match="are equal in some layer"):
-        router_rows(dense, [TOKENS_BT, TOKENS_BT])
+        router_rows(dense, domains(TOKENS_BT, TOKENS_BT))
     with pytest.raises(ValueError, match="has no tokens"):
-        router_rows(dense, [TOKENS_BT, TOKENS_BT[:0]])
+        router_rows(dense, domains(TOKENS_BT, TOKENS_BT[:0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- jumps

@@ -93,26 +93,15 @@ def test_updates_per_budget():
     arms = [*upcycling_arms(preset), Arm("all experts", replace(preset.moe, router=StraightThrough()))]
     updates = updates_per_budget(preset, arms, cost, "upcycled MoE")
     assert updates == {
-        ("dense control", "tokens"): 200,
-        ("dense control", "FLOPs"): 250,
-        ("dense control", "seconds"): 320,
-        ("upcycled MoE", "tokens"): 200,
-        ("upcycled MoE", "FLOPs"): 200,
-        ("upcycled MoE", "seconds"): 200,
-        ("MoE from scratch", "tokens"): 300,
-        ("MoE from scratch", "FLOPs"): 280,  # 100 / 1.25 for the parent's share
-        ("MoE from scratch", "seconds"): 262,  # 62.5 rounds to the even 62
-        ("all experts", "tokens"): 200,
-        ("all experts", "FLOPs"): 100,
-        ("all experts", "seconds"): 200,
+        "dense control": {200: ["tokens"], 250: ["FLOPs"], 320: ["seconds"]},
+        "upcycled MoE": {200: ["tokens", "FLOPs", "seconds"]},
+        # 100 / 1.25 for the parent's share; 62.5 rounds to the even 62
+        "MoE from scratch": {300: ["tokens"], 280: ["FLOPs"], 262: ["seconds"]},
+        "all experts": {200: ["tokens", "seconds"], 100: ["FLOPs"]},
     }
     by_dense = updates_per_budget(preset, arms, cost, "dense control", ["FLOPs"])
-    assert by_dense == {
-        ("dense control", "FLOPs"): 200,
-        ("upcycled MoE", "FLOPs"): 160,
-        ("MoE from scratch", "FLOPs"): 240,
-        ("all experts", "FLOPs"): 80,
-    }
+    expected = {"dense control": 200, "upcycled MoE": 160, "MoE from scratch": 240, "all experts": 80}
+    assert by_dense == {name: {steps: ["FLOPs"]} for name, steps in expected.items()}
 
 
 def test_nearly_equal_updates_become_one_run():
@@ -121,9 +110,10 @@ def test_nearly_equal_updates_become_one_run():
     for own, expected in ((1 / 1.019, 1000), (1 / 1.021, 1021), (1 / 0.981, 1000), (1 / 0.979, 979)):
         cost = {"upcycled MoE": {"tokens": 1, "seconds": 1.0}, "other": {"tokens": 1, "seconds": own}}
         updates = updates_per_budget(preset, arms, cost, "upcycled MoE", ["tokens", "seconds"])
-        assert updates["other", "seconds"] == expected
+        assert list(updates["other"]) == list(dict.fromkeys([1000, expected]))
     cost["other"]["tokens"] = own
-    assert updates_per_budget(preset, arms, cost, "upcycled MoE", ["seconds"])["other", "seconds"] == 979, "of one arm"
+    alone = updates_per_budget(preset, arms, cost, "upcycled MoE", ["seconds"])
+    assert alone["other"] == {979: ["seconds"]}, "of one arm"
 
 
 @pytest.mark.parametrize("make", [ModelConfig.simple, ModelConfig.smol], ids=["simple", "smol"])
@@ -225,7 +215,6 @@ def test_margin():
     assert margin(worse, "tokens") == pytest.approx((-0.2, 0)), "negative where the MoE loses"
     named = synthetic({("base", "tokens"): [1.0, 1.0], ("best", "tokens"): [0.5, 0.7], ("third", "tokens"): [0.1, 0.1]})
     assert margin(named | dict(reference="best", control="base"), "tokens") == pytest.approx((0.4, 0.02**0.5))
-    assert margin(named, "tokens", "third", "best") == pytest.approx((0.5, 0.02**0.5))
 
 
 def test_table():
@@ -353,7 +342,7 @@ def test_describe_counts_what_was_carried_out(monkeypatch):
     assert describe(series, dense) == {
         "per_domain": {name: evaluate(dense, stream) for name, stream in series.domain_streams().items()}
     }
-    monkeypatch.setattr("upcycling.training.evaluation.evaluate", lambda *_: 0.0)
+    monkeypatch.setattr("upcycling.experiments.compare.evaluate", lambda *_: 0.0)
 
     model = upcycle(dense, replace(TINY.moe, router_std=1.0))
     found = describe(series, model)
@@ -419,7 +408,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch, capsys):
     assert [arm["name"] for arm in result["arms"]] == ["dense control", "upcycled MoE", "MoE from scratch"]
     updates = updates_per_budget(TINY, upcycling_arms(TINY), result["costs"], "upcycled MoE")
     for row in rows:
-        assert row["updates"] == updates[row["arm"], row["budget"]]
+        assert row["budget"] in updates[row["arm"]][row["updates"]]
         assert row["history"][0][0] == 0
         assert row["history"][-1] == [row["updates"], row["val_loss"]]
         assert row["cpu_seconds"] > 0

@@ -193,7 +193,7 @@ def test_two_traces_are_compared(model, tokenizer):
 
 def test_playback_view_is_of_its_moment(snapshots, tokenizer):
     texts = typed_text.token_texts(tokenizer, snapshots.probe_BT[2].tolist())
-    views = [explorer.render_playback(snapshots, snapshots.window_labels, texts, i, 2, 2, 4) for i in range(3)]
+    views = [explorer.render_playback(snapshots, texts, i, 2, 2, 4) for i in range(3)]
     for i, view in enumerate(views):
         saturation = float(router_saturation(snapshots.expert_ids[i, 1], snapshots.expert_ids[-1, 1]))
         assert f"After {10 * i} updates layer 2 makes {100 * saturation:.0f} %" in view.sentence
@@ -322,12 +322,7 @@ def test_playback_moves_through_moments_windows_and_layers(snapshots, tokenizer)
     assert made.view().strips[0].chosen == snapshots.expert_ids[2, 1, 150:].tolist()
 
 
-def test_playbacks_labels(snapshots, tokenizer):
-    made = TrainingPlayback(snapshots, tokenizer, labels=["a", "b", "b", "c"])
-    rows = [label.get_text() for label in made.view().figure.axes[0].get_yticklabels()]
-    assert rows == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="2 labels for 4 windows"):
-        TrainingPlayback(snapshots, tokenizer, labels=["a", "b"])
+def test_playback_needs_snapshots(snapshots, tokenizer):
     with pytest.raises(ValueError, match="no snapshots yet"):
         TrainingPlayback(RoutingSnapshots(snapshots.probe_BT), tokenizer)
 
@@ -484,11 +479,13 @@ class Harmless(HTMLParser):
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.filterwarnings("error")  # a glyph that the font lacks would be one
 def test_hostile_text_is_shown_as_text(model, tokenizer, snapshots, text):
+    hostile = RoutingSnapshots(snapshots.probe_BT, labels=[text, "b", text, "c"])
+    hostile(0, model)
     made = [
         TokenExplorer(model, tokenizer, text),
         CompareRouting(model, model, tokenizer, text, names=(text, "b")),
         WhatIf(model, tokenizer, text, {text: make_probe()["code"]}, new_tokens=2),
-        TrainingPlayback(snapshots, tokenizer, labels=[text, "b", text, "c"]),
+        TrainingPlayback(hostile, tokenizer),
     ]
     for each in made:
         if "token" in each.controls:

@@ -78,18 +78,19 @@ def seconds_ratios(models: Sequence[DecoderLM], batches: Sequence[tuple]) -> lis
 
 def updates_per_budget(
     preset: Preset, arms: Sequence[Arm], cost: dict[str, dict[str, float]], reference: str, budgets=BUDGETS, second=None
-) -> dict[tuple[str, str], int]:
-    """(arm, budget) -> updates; those of one arm that differ by less than 2 % become the first of them.
+) -> dict[str, dict[int, list[str]]]:
+    """{arm: {updates: the budgets that they stand for}}; updates that differ by less than 2 % become the first of them.
 
     The reference gets `second` updates (default: the preset's second phase).
     """
-    updates, second = {}, second or preset.sparse.steps
+    planned, second = {}, second or preset.sparse.steps
     for arm in arms:
+        runs = planned[arm.name] = {}
         for budget in budgets:
             own = cost[arm.name][budget]
             steps = round(second * cost[reference][budget] / own)
             if arm.start == "scratch":
                 steps += round(preset.dense.steps / own)
-            near = [n for (name, _), n in updates.items() if name == arm.name and abs(n - steps) <= SHARED_WITHIN * n]
-            updates[arm.name, budget] = near[0] if near else steps
-    return updates
+            near = next((n for n in runs if abs(n - steps) <= SHARED_WITHIN * n), steps)
+            runs.setdefault(near, []).append(budget)
+    return planned

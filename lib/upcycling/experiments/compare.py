@@ -22,6 +22,7 @@ import torch
 from ..core.model import DecoderLM
 from ..core.routing import expert_counts
 from ..routing.metrics import domain_divergence, max_over_mean
+from ..training.evaluation import evaluate
 from .arms import Arm
 from .budgets import BUDGETS, SHARED_WITHIN, costs, updates_per_budget
 from .presets import Preset
@@ -40,8 +41,6 @@ def describe(series: Series, model: DecoderLM) -> dict:
     max_load (1 = even), dead_experts (never used), jsd (how far the domains' loads lie apart, in bits; None without
     domains), experts_per_token, and dropped, the fraction of choices that found their expert full.
     """
-    from ..training.evaluation import evaluate
-
     result = {"per_domain": {name: evaluate(model, stream) for name, stream in series.domain_streams().items()}}
     if model.config.moe is None:
         return result
@@ -109,18 +108,18 @@ def compare(
     _ = series.train_stream, series.validation_stream, series.domain_streams()  # made once, before the processes start
     with torch_threads(), torch.random.fork_rng(devices=[]):
         cost = costs(series, arms)
-    planned_updates = updates_per_budget(preset, arms, cost, reference, budgets, updates)
+    planned = updates_per_budget(preset, arms, cost, reference, budgets, updates)
     for name, per_budget in cost.items():
-        planned = ", ".join(f"{planned_updates[name, budget]} for equal {budget}" for budget in budgets)
+        shown = ", ".join(f"{steps} for equal {' and '.join(sharing)}" for steps, sharing in planned[name].items())
         print(f"{name}: an update costs {per_budget['FLOPs']:.2f} dense ones in FLOPs, ", end="")
-        print(f"{per_budget['seconds']:.2f} in seconds; updates: {planned}", flush=True)
+        print(f"{per_budget['seconds']:.2f} in seconds; updates: {shown}", flush=True)
 
-    jobs = []
-    for seed in seeds:
-        for arm in arms:
-            for steps in dict.fromkeys(planned_updates[arm.name, budget] for budget in budgets):
-                sharing = [budget for budget in budgets if planned_updates[arm.name, budget] == steps]
-                jobs.append((preset, series.corpus_name, arm, seed, steps, sharing))
+    jobs = [
+        (preset, series.corpus_name, arm, seed, steps, sharing)
+        for seed in seeds
+        for arm in arms
+        for steps, sharing in planned[arm.name].items()
+    ]
     control = next((arm.name for arm in arms if arm.moe is None and arm.start == "parent"), None)
     floor = series.floor
     result = begin(series, None, "rows") | {

@@ -71,14 +71,10 @@ def summarize(result: dict) -> list[dict]:
     return rows
 
 
-def margin(result: dict, budget: str, arm: str | None = None, rival: str | None = None) -> tuple[float, float]:
-    """(how far `arm` ends below `rival`, the larger of the two arms' standard deviations).
-
-    By default the arm that set the budget and the dense control.
-    """
+def margin(result: dict, budget: str) -> tuple[float, float]:
+    """(how far the arm that set the budget ends below the dense control, the larger of their standard deviations)."""
     by_arm = {row["arm"]: row for row in summarize(result) if row["budget"] == budget}
-    ours = by_arm[arm or result.get("reference", "upcycled MoE")]
-    theirs = by_arm[rival or result.get("control", DENSE.name)]
+    ours, theirs = by_arm[result.get("reference", "upcycled MoE")], by_arm[result.get("control", DENSE.name)]
     return theirs["mean"] - ours["mean"], max(ours["spread"], theirs["spread"])
 
 

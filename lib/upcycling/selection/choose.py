@@ -31,7 +31,7 @@ from .quotas import quotas
 from .rows import Rows, _plain_tokenizer, _read
 
 STRATA = ("audience", "format", "seed_data")
-ORDERS = ("highest", "lowest", "middle", "random")
+ORDERS = ("highest", "lowest", "random")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,8 +154,8 @@ def select(
 ) -> Selection:
     """Choose documents for `budget`, in documents or in tokens, shared over the strata that occur (`quotas`).
 
-    order: in each stratum the documents with the highest score come first, the lowest, those nearest to the stratum's
-    median (middle), or any (random; `scores` may then be None). Ties, and random, by `seed`; all else is fixed.
+    order: in each stratum the documents with the highest score come first, the lowest, or any (random; `scores` may
+    then be None). Ties, and random, by `seed`; all else is fixed.
     near_duplicates: a document is passed over when its Jaccard similarity to a chosen one, over 5-word shingles in
     lower case and estimated by MinHash, is at least this (Broder 1997); None: not checked, and no text is read.
     unit="tokens": a stratum takes documents while the next one fits into its quota; then the strata furthest below
@@ -214,14 +214,14 @@ def select(
     return Selection(np.sort(np.concatenate(chosen).astype(np.int64)), table, settings)
 
 
-def documents_read(stream: TokenStream, config: TrainConfig, seq_len: int, *, processes: int = 1) -> set[int]:
-    """The ids of all documents that `train(model, stream, _, config)` reads, or `continue_pretraining`.
+def documents_read(stream: TokenStream, config: TrainConfig, seq_len: int) -> set[int]:
+    """The ids of all documents that `train(model, stream, _, config)` reads in one process, or `continue_pretraining`.
 
-    `seq_len` is the model's context, or the block; `processes` as many as torchrun started. It asks the stream for the
-    windows that training asks it for, so an assertion on it catches a selection that was made and then never trained
-    on. Ids are row numbers (`TokenStream.document_ids`).
+    `seq_len` is the model's context, or the block. It asks the stream for the windows that training asks it for, so an
+    assertion on it catches a selection that was made and then never trained on. Ids are row numbers
+    (`TokenStream.document_ids`).
     """
-    batch_size = config.batch_size * config.accumulation * processes
+    batch_size = config.batch_size * config.accumulation
     read = set()
     for step in range(config.steps):
         read.update(stream.random_document_ids(batch_size, seq_len, seed=config.seed, step=step).tolist())
@@ -282,8 +282,6 @@ def _queue(documents: np.ndarray, scores_N: np.ndarray, tie_N: np.ndarray, order
     scores = scores_N[documents]
     if order == "highest":
         scores = -scores
-    elif order == "middle" and len(scores):
-        scores = np.abs(scores - np.median(scores))
     elif order == "random":
         scores = np.zeros(len(scores))
     return documents[np.lexsort((tie_N[documents], scores))]

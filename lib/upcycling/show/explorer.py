@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import ipywidgets as W
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -167,18 +166,16 @@ class CompareRouting(_TokenPanel):
 
 
 def render_playback(
-    snapshots: RoutingSnapshots, labels: Sequence[str], texts: Sequence[str], moment: int, layer: int, window: int,
-    token: int,
-) -> View:  # fmt: skip
+    snapshots: RoutingSnapshots, texts: Sequence[str], moment: int, layer: int, window: int, token: int
+) -> View:
     """The view of `TrainingPlayback`: snapshot number `moment`; one window's tokens, and every label's experts.
 
-    `labels` name the windows, `texts` are those of the window's tokens.
+    `texts` are those of the window's tokens.
     """
     trace, step = snapshots.trace(moment), int(snapshots.steps[moment])
     at, even = _at(trace, layer), trace.top_k / trace.num_experts
-    domains = list(dict.fromkeys(labels))
-    labels_N = torch.tensor([domains.index(label) for label in labels])[snapshots.sequence]
-    share_SCE = domain_specialization(snapshots.expert_ids[:, at], labels_N, trace.num_experts, len(domains))
+    domains = snapshots.domains
+    share_SCE = domain_specialization(snapshots.expert_ids[:, at], snapshots.labels, trace.num_experts, len(domains))
     title = f"layer {layer} after {step:,} updates"
     figure = plot_expert_matrix(share_SCE[moment], domains, null=even, vmax=float(share_SCE.max()), title=title)
     saturation = float(router_saturation(trace.expert_ids[at], snapshots.expert_ids[-1, at]))
@@ -193,27 +190,22 @@ def render_playback(
 class TrainingPlayback(Panel):
     """How the routing of a fixed probe came about: a slider, and a play button, over `RoutingSnapshots`.
 
-    Controls: moment (its values are optimizer updates), layer, window (of the probe), token. `labels` name the windows,
-    in place of the names that the snapshots carry. Raises ValueError where there are no snapshots, or for a number of
-    labels that is not that of the windows.
+    Controls: moment (its values are optimizer updates), layer, window (of the probe), token. Raises ValueError where
+    there are no snapshots.
     """
 
-    def __init__(self, snapshots: RoutingSnapshots, tokenizer, labels: Sequence[str] | None = None):
+    def __init__(self, snapshots: RoutingSnapshots, tokenizer):
         if len(snapshots) == 0:
             raise ValueError("there are no snapshots yet; pass this RoutingSnapshots to train(callbacks=[...]) first")
-        windows, length = snapshots.probe_BT.shape
-        self._labels = list(labels or snapshots.window_labels)
-        if len(self._labels) != windows:
-            raise ValueError(f"{len(self._labels)} labels for {windows} windows; give one a window")
         self._snapshots, self._tokenizer = snapshots, tokenizer
         steps = [(f"{step:,}", step) for step in snapshots.steps.tolist()]
-        names = [(f"{i}: {name}", i) for i, name in enumerate(self._labels)]
+        names = [(f"{i}: {name}", i) for i, name in enumerate(snapshots.window_labels)]
         super().__init__(
             strips=1,
             moment=W.SelectionSlider(description="updates", options=steps, layout=wide(520)),
             layer=_number(snapshots.layers),
             window=W.Dropdown(options=names, layout=wide(290)),
-            token=W.IntSlider(max=length - 1, layout=wide(420)),
+            token=W.IntSlider(max=snapshots.probe_BT.shape[1] - 1, layout=wide(420)),
         )
         play = W.Play(max=len(snapshots) - 1, interval=500).add_class("upcycling-play")
         W.jslink((play, "value"), (self.moment, "index"))
@@ -226,4 +218,4 @@ class TrainingPlayback(Panel):
 
     def view(self) -> View:
         shown = (self.moment.index, self.layer.value, self.window.value, self.token.value)
-        return render_playback(self._snapshots, self._labels, self._texts, *shown)
+        return render_playback(self._snapshots, self._texts, *shown)

@@ -3,7 +3,7 @@
 Shapes: L layers, C domains, D model width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,25 +11,22 @@ from torch import Tensor
 from ..checks import IGNORE
 from ..core.model import DecoderLM, evaluating
 
-Texts = Tensor | Sequence[Tensor]  # token ids tokens_BT, or (tokens_BT, targets_BT)
-
 
 @torch.no_grad()
-def router_rows(dense: DecoderLM, texts: Mapping[str, Texts] | Sequence[Texts], router_std: float = 0.02) -> Tensor:
+def router_rows(dense: DecoderLM, texts: Mapping[str, tuple[Tensor, Tensor]], router_std: float = 0.02) -> Tensor:
     """rows_LCD for `upcycle(router_rows=…)`: what each router sees, on average, in the texts of each domain.
 
-    `texts` holds, for each expert or domain, token ids tokens_BT, or (tokens_BT, targets_BT), whose ignored targets
-    mark padding: a list, or a dict by name (`Series.domain_windows()`). The row of domain c in layer l is the mean of
+    `texts` holds, for each expert or domain by name, (tokens_BT, targets_BT), whose ignored targets mark padding
+    (`Series.domain_windows()`). The row of domain c in layer l is the mean of
     the FFN's inputs (after the norm) over the domain's tokens, less the mean over the domains, which would add the same
     to all scores; a layer's rows are scaled to the standard deviation `router_std`, that of a drawn router. The idea is
     mergekit's "hidden" gates (Goddard et al. 2024, arXiv:2403.13257).
 
     Raises ValueError for fewer than two domains, one without tokens, or domains that do not differ.
     """
-    domains = list(texts.values()) if isinstance(texts, Mapping) else list(texts)
-    if len(domains) < 2:
-        raise ValueError(f"router rows tell domains apart, but there are {len(domains)}; give at least 2")
-    means_LCD = torch.stack([_mean_ffn_inputs(dense, domain) for domain in domains], dim=1)
+    if len(texts) < 2:
+        raise ValueError(f"router rows tell domains apart, but there are {len(texts)}; give at least 2")
+    means_LCD = torch.stack([_mean_ffn_inputs(dense, *windows) for windows in texts.values()], dim=1)
     rows_LCD = means_LCD - means_LCD.mean(1, keepdim=True)
     std_L11 = rows_LCD.std(dim=(1, 2), correction=0, keepdim=True)
     if not (std_L11 > 0).all():
@@ -37,10 +34,9 @@ def router_rows(dense: DecoderLM, texts: Mapping[str, Texts] | Sequence[Texts], 
     return router_std * rows_LCD / std_L11
 
 
-def _mean_ffn_inputs(dense: DecoderLM, domain: Texts) -> Tensor:
+def _mean_ffn_inputs(dense: DecoderLM, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """means_LD over a domain's tokens, in float64."""
-    tokens_BT, targets_BT = domain if isinstance(domain, tuple | list) else (domain, None)
-    real_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if targets_BT is None else targets_BT != IGNORE
+    real_BT = targets_BT != IGNORE
     if not real_BT.any():
         raise ValueError("a domain has no tokens; leave it out or give it texts")
     device = dense.token_embedding.weight.device

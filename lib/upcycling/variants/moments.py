@@ -17,7 +17,6 @@ import os
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..core.experts import Experts
 from ..core.initialisation import weights_sum_to_1
@@ -26,16 +25,14 @@ from ..files import read_tensors
 from ..training.checkpoint import part
 
 
-def carry_moments(
-    source: Optimizer | str | os.PathLike, dense: DecoderLM, moe: DecoderLM
-) -> dict[str, dict[str, Tensor]]:
+def carry_moments(source: str | os.PathLike, dense: DecoderLM, moe: DecoderLM) -> dict[str, dict[str, Tensor]]:
     """AdamW's state for `moe` by parameter name: {name: {"step", "exp_avg", "exp_avg_sq"}}, for `train`.
 
-    `source` is the dense run's `latest.safetensors`, or the torch AdamW that trained `dense`. `moe` must be as
-    `upcycle(dense, …)` made it. Outside experts everything is carried as it is, the step count everywhere. A hidden
-    unit is recognised by its row of the up matrix; one that is not found in the dense FFN (drawn anew, or noised)
-    starts with exp_avg 0 and the exp_avg_sq of the unit at its place. Routers are not in the result: they start fresh.
-    With `dense` itself as `moe` the result continues the dense run.
+    `source` is the dense run's `latest.safetensors`. `moe` must be as `upcycle(dense, …)` made it. Outside experts
+    everything is carried as it is, the step count everywhere. A hidden unit is recognised by its row of the up matrix;
+    one that is not found in the dense FFN (drawn anew, or noised) starts with exp_avg 0 and the exp_avg_sq of the unit
+    at its place. Routers are not in the result: they start fresh. With `dense` itself as `moe` the result continues the
+    dense run.
 
     Raises ValueError for a source without AdamW's moments of every parameter, or experts of another width whose units
     are not the dense FFN's (the cube-root rule, say).
@@ -109,24 +106,16 @@ def _down_scale(ffn: FeedForward, experts: Experts, units_EG: Tensor) -> Tensor:
     return torch.where(dense_EG > 0, ours_EG / dense_EG.clamp(min=1e-30), torch.ones_like(ours_EG))
 
 
-def _by_name(source: Optimizer | str | os.PathLike, dense: DecoderLM) -> dict[str, dict[str, Tensor]]:
-    keys = {"step", "exp_avg", "exp_avg_sq"}
-    if isinstance(source, Optimizer):
-        what = f"this {type(source).__name__}"
-        found = {name: source.state.get(parameter, {}) for name, parameter in dense.named_parameters()}
-    else:
-        what, tensors = str(source), read_tensors(source)[0]
-        found = {name: part(tensors, f"optimizer.{name}.") for name, _ in dense.named_parameters()}
-    state = {}
+def _by_name(source: str | os.PathLike, dense: DecoderLM) -> dict[str, dict[str, Tensor]]:
+    tensors, state = read_tensors(source)[0], {}
     for name, parameter in dense.named_parameters():
-        if not keys <= found[name].keys():
+        found = part(tensors, f"optimizer.{name}.")
+        if not {"step", "exp_avg", "exp_avg_sq"} <= found.keys():
+            raise ValueError(f"{source} has no AdamW moments of {name}: give the checkpoint of its AdamW run")
+        if found["exp_avg"].shape != parameter.shape:
             raise ValueError(
-                f"{what} has no AdamW moments of {name}: give the optimizer or checkpoint of its AdamW run"
-            )
-        if found[name]["exp_avg"].shape != parameter.shape:
-            raise ValueError(
-                f"{what} has moments of shape {tuple(found[name]['exp_avg'].shape)} for {name}, which is "
+                f"{source} has moments of shape {tuple(found['exp_avg'].shape)} for {name}, which is "
                 f"{tuple(parameter.shape)}: they belong to another model"
             )
-        state[name] = {key: found[name][key].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        state[name] = {key: found[key].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")}
     return state
