@@ -105,6 +105,8 @@ def continue_pretraining(
     model, streams that do not fit the model or share documents, a stream shorter than a block, weights that are not
     float32; TypeError for what is no model; and what `train` raises.
     """
+    from accelerate import PartialState
+
     _one_of("parameters", parameters, PARAMETERS)
     wrapped = as_decoder_lm(model, block)
     chosen = _chosen(model, parameters)
@@ -116,7 +118,7 @@ def continue_pretraining(
     home = next(model.parameters()).device
     options: dict[str, Any] = dict(seq_len=block, batch_size=config.eval_batch_size, beta=beta)
     try:
-        device = _device()
+        device = PartialState(cpu=not torch.accelerator.is_available()).device  # where `train` will compute
         model.to(device)
         diagnosis = diagnose_router(model, tokens_BT.to(device), targets_BT.to(device))
         _warn_if_stuck(diagnosis, parameters)
@@ -178,13 +180,6 @@ def _documents(stream: TokenStream) -> Iterator[bytes]:
     ends = np.cumsum(stream.document_lengths)
     for start, end in zip(ends - stream.document_lengths, ends):
         yield stream.tokens[start:end].tobytes()
-
-
-def _device() -> torch.device:
-    """Where `train` will compute: this process's accelerator, or the CPU."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available()).device
 
 
 def _warn_if_stuck(diagnosis: Diagnosis, parameters: str) -> None:

@@ -188,8 +188,7 @@ def prepare(
         config = read_config(folder)
         if config.dtype is None and source.names:  # then transformers takes the weights' own, and so do we
             config.dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
-        chosen = plan(config, num_experts, top_k, dtype=dtype, **settings)
-        chosen.check_target()
+        chosen = plan(config, num_experts, top_k, dtype=dtype, **settings).or_refusal()
         shapes = hub_shapes(config, chosen.source)[0]
     chosen.check_sources(source.names)
     _check_tensors(source, shapes, chosen.tied)

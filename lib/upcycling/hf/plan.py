@@ -83,10 +83,11 @@ class Plan:
         """Names of the dense model's tensors, every one of which is used."""
         return {name for tensor in self.tensors for name in tensor.sources}
 
-    def check_target(self) -> None:
-        """Raises Refusal where there is no class."""
+    def or_refusal(self) -> Plan:
+        """The plan itself; raises Refusal where there is no class."""
         if self.target is None:
             raise Refusal(f"{self.source} has no stock MoE class: {self.reason}", self.nearest)
+        return self
 
     def check_sources(self, names: Iterable[str]) -> None:
         """Raises ValueError naming a tensor that is missing, or one that nothing would be made from.

@@ -11,7 +11,7 @@ import torch
 
 from ..routing.hf_routers import check_model
 from .families.engine import hub_tensors
-from .plan import Plan, dtype_name, plan
+from .plan import dtype_name, plan
 from .receipt import use_eager_if_needed
 from .sources import check_loading, load_dense, quiet
 
@@ -33,22 +33,19 @@ def upcycle_pretrained(
     """
     import transformers
 
-    def planned(config: Any) -> Plan:
-        found = plan(
-            config, num_experts, top_k,
-            layers=layers, router_std=router_std, init=init, noise=noise, seed=seed, dtype=dtype,
-        )  # fmt: skip
-        found.check_target()
-        return found
-
-    dense, layers = model_or_folder, layers if layers is None or isinstance(layers, str) else list(layers)
+    layers = layers if layers is None or isinstance(layers, str) else list(layers)
+    settings: dict[str, Any] = dict(
+        num_experts=num_experts, top_k=top_k, layers=layers, router_std=router_std, init=init, noise=noise, seed=seed,
+        dtype=dtype,
+    )  # fmt: skip
+    dense = model_or_folder
     if isinstance(dense, str | os.PathLike):
-        planned(dense)  # what is refused is refused before any weight is read
+        plan(dense, **settings).or_refusal()  # what is refused is refused before any weight is read
         dense = load_dense(dense, dtype or "auto")
     check_model(dense, "upcycle_pretrained", or_else=" or a folder")
     dense_config = copy.deepcopy(dense.config)
     dense_config.dtype = dense.dtype
-    carried_out = planned(dense_config)
+    carried_out = plan(dense_config, **settings).or_refusal()
     weights = hub_tensors(dense)
     carried_out.check_sources(weights)
     everything = dense.state_dict()

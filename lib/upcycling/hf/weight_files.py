@@ -75,9 +75,8 @@ class WeightFiles:
 
     def same(self, name: str, other: str) -> bool:
         """Do two tensors have the same type, shape and bytes?"""
-        if (self.shapes[name], self.dtypes[name]) != (self.shapes[other], self.dtypes[other]):
-            return False
-        return torch.equal(as_bytes(self[name]), as_bytes(self[other]))
+        alike = (self.shapes[name], self.dtypes[name]) == (self.shapes[other], self.dtypes[other])
+        return alike and torch.equal(as_bytes(self[name]), as_bytes(self[other]))
 
     def rows(self, name: str, rows: list[int]) -> Tensor:
         """Some rows of a matrix, without reading the others."""

@@ -156,8 +156,7 @@ def looks_like_moe(module: nn.Module) -> bool:
 
 def _layer_of(name: str) -> int:
     """The block's index: the first number in a module's path (model.layers.3.mlp.gate -> 3)."""
-    numbers = [part for part in name.split(".") if part.isdigit()]
-    return int(numbers[0]) if numbers else 0
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def _why_no_router(model: nn.Module) -> str:

@@ -79,29 +79,25 @@ def intervene(
     routers = {router.layer: router for router in find_routers(model)}
     removed = _per_layer(remove, routers)
     _refuse_deaf_rules(routers, top_k, any(removed.values()) or temperature != 1)
-    changes = []
     if top_k is not None:
         top_k = whole_number("top_k", top_k)
-    for layer, router in routers.items():
-        num_experts = router.num_experts
-        if top_k is not None and not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
-        chosen = router.holder.top_k if top_k is None else top_k
-        allowed_E = torch.ones(num_experts, dtype=torch.bool)
-        allowed_E[removed.get(layer, [])] = False
-        for outer in router.module._forward_hooks.values():
-            if isinstance(outer, _Rerouting):
-                allowed_E &= outer.allowed_E
-        remaining = int(allowed_E.sum())
-        if remaining < chosen:
-            raise ValueError(
-                f"of the {num_experts} experts of layer {layer} only {remaining} would remain, but each token needs "
-                f"top_k={chosen}; leave more of them in or choose top_k={max(remaining, 1)}"
-            )
-        changes.append((router, chosen, allowed_E))
-
     with ExitStack() as undo:
-        for router, chosen, allowed_E in changes:
+        for layer, router in routers.items():
+            num_experts = router.num_experts
+            if top_k is not None and not 1 <= top_k <= num_experts:
+                raise ValueError(f"top_k={top_k} but layer {layer} has {num_experts} experts; choose 1..{num_experts}")
+            chosen = router.holder.top_k if top_k is None else top_k
+            allowed_E = torch.ones(num_experts, dtype=torch.bool)
+            allowed_E[removed.get(layer, [])] = False
+            for outer in router.module._forward_hooks.values():
+                if isinstance(outer, _Rerouting):
+                    allowed_E &= outer.allowed_E
+            remaining = int(allowed_E.sum())
+            if remaining < chosen:
+                raise ValueError(
+                    f"of the {num_experts} experts of layer {layer} only {remaining} would remain, but each token "
+                    f"needs top_k={chosen}; leave more of them in or choose top_k={max(remaining, 1)}"
+                )
             undo.callback(setattr, router.holder, "top_k", router.holder.top_k)
             router.holder.top_k = chosen
             if temperature != 1 or not allowed_E.all():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +25,6 @@ _ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "ge
 
 def kind_of(config: ModelConfig) -> str:
     """The transformers model_type that expresses `config`; a ValueError names the setting where there is none."""
-    for reason in _refusals(config):
-        raise ValueError(reason)
-    moe = config.moe
-    if config.norm == "layernorm":
-        return "gpt2"
-    if moe is None:
-        return "llama"
-    everywhere = len(config.moe_layers) == config.n_layers
-    return "mixtral" if everywhere and moe.renormalize and not config.qkv_bias else "qwen2_moe"
-
-
-def _refusals(config: ModelConfig) -> Iterator[str]:
-    """Every setting that no class expresses, with the remedy."""
     moe, rule = config.moe, config.moe.router if config.moe else None
     shape, activation = (config.norm, config.position), config.activation
     llama = shape == ("rmsnorm", "rope") and activation == "swiglu"
@@ -61,7 +47,13 @@ def _refusals(config: ModelConfig) -> Iterator[str]:
     }
     for name, refused in found.items():
         if refused:
-            yield _TABLES["refusals"][name].format(config=config, moe=moe)
+            raise ValueError(_TABLES["refusals"][name].format(config=config, moe=moe))
+    if gpt2:
+        return "gpt2"
+    if moe is None:
+        return "llama"
+    everywhere = len(config.moe_layers) == config.n_layers
+    return "mixtral" if everywhere and moe.renormalize and not config.qkv_bias else "qwen2_moe"
 
 
 def to_settings(config: ModelConfig, kind: str) -> dict[str, Any]:

@@ -90,16 +90,13 @@ def build(
 ) -> tuple[TargetTensor, ...]:
     """The target tensors, layer by layer. ValueError naming one without a source, or a source that nothing uses."""
     table = [(_pattern(name), rule) for name, rule in {**target.moe.tensors, **target.tensors}.items()]
+    table.append((re.compile("(?P<name>.+)"), kept("{name}")))  # what no table names is a copy
     made = []
     for name, shape in moe_shapes.items():
-        match, rule = next(((m, rule) for pattern, rule in table if (m := pattern.match(name))), (None, None))
+        match, rule = next((m, rule) for pattern, rule in table if (m := pattern.match(name)))
+        sources = tuple(source.format(**match.groupdict()) for source in rule.sources)
         found = re.search(r"\.layers\.(\d+)\.", name)
         layer = None if found is None else int(found[1])
-        sources: tuple[str, ...] = (name,)
-        if rule is None or match is None:
-            rule = kept(name)
-        else:
-            sources = tuple(source.format(**match.groupdict()) for source in rule.sources)
         missing = [source for source in sources if source not in dense_shapes]
         if missing:
             raise ValueError(

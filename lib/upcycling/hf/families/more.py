@@ -66,8 +66,10 @@ def phi3(fields: Fields, target: Target) -> Target:
         ATTENTION + "k_proj.weight": kept(qkv, transform=partial(rows_of, start=q, stop=q + k)),
         ATTENTION + "v_proj.weight": kept(qkv, transform=partial(rows_of, start=q + k, stop=q + 2 * k)),
     }
-    gate = (gate_up, partial(rows_of, start=0, stop=width))
-    up = (gate_up, partial(rows_of, start=width, stop=2 * width))
+    halves = {
+        MLP + "gate_proj.weight": (gate_up, partial(rows_of, start=0, stop=width)),
+        MLP + "up_proj.weight": (gate_up, partial(rows_of, start=width, stop=2 * width)),
+    }
     notes: tuple[str, ...] = ()
     if rope["rope_type"] == "longrope":
         switch = rope["original_max_position_embeddings"]
@@ -80,9 +82,8 @@ def phi3(fields: Fields, target: Target) -> Target:
         fields.carry("sliding_window")
         fields.replace("rope_parameters", "carried", rope_parameters=rope)
         fields.experts_width("intermediate_size")
-        tensors = _same_with(MIXTRAL.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
         engines = {} if fields["sliding_window"] is None else {"llama.cpp": "no sliding window: equal up to its length"}
-        return Target(MIXTRAL, {**tensors, **attention}, engines=engines, notes=notes)
+        return Target(MIXTRAL, _same_with(MIXTRAL.tensors, halves) | attention, engines=engines, notes=notes)
     # Only a part of each head is rotated: Mixtral rotates all of it, Glm4Moe does not.
     window = fields["sliding_window"]
     if window is not None and window < fields["max_position_embeddings"]:
@@ -95,8 +96,7 @@ def phi3(fields: Fields, target: Target) -> Target:
     fields.replace("rope_parameters", "carried", rope_parameters={**rope, "partial_rotary_factor": share})
     fields.target.update(attention_bias=False, use_qk_norm=False)
     fields.experts_width("intermediate_size", "moe_intermediate_size")
-    tensors = _same_with(GLM4_MOE.tensors, {MLP + "gate_proj.weight": gate, MLP + "up_proj.weight": up})
-    return Target(GLM4_MOE, {**tensors, **attention}, notes=notes, exact_up_to=window)
+    return Target(GLM4_MOE, _same_with(GLM4_MOE.tensors, halves) | attention, notes=notes, exact_up_to=window)
 
 
 def _same_with(tensors: Mapping[str, Rule], fused: Mapping[str, tuple[str, Callable]]) -> dict[str, Rule]:
