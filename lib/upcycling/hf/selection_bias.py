@@ -119,8 +119,8 @@ class SelectionBiasMover(AbstractContextManager):
             if self._forward.module is None or not module.training:
                 return
             ids_NK = unpack(module, output)[2].detach()
-            if self._forward.mask_BS is not None and self._forward.shape is not None:
-                real_BT = self._forward.mask_BS[:, -self._forward.shape[1] :]
+            if self._forward.mask_BS is not None and self._forward.tokens_BT is not None:
+                real_BT = self._forward.mask_BS[:, -self._forward.tokens_BT.shape[1] :]
                 ids_NK = ids_NK[real_BT.flatten().to(ids_NK.device).bool()]
             layer.counts_E.add_(count_ids(ids_NK, layer.bias.numel()).to(layer.counts_E))
 

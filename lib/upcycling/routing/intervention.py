@@ -55,11 +55,7 @@ class _Rerouting:
 
 @contextmanager
 def intervene(
-    model: nn.Module,
-    *,
-    remove: Experts = (),
-    top_k: int | None = None,
-    temperature: float = 1.0,
+    model: nn.Module, *, remove: Experts = (), top_k: int | None = None, temperature: float = 1.0
 ) -> Iterator[nn.Module]:
     """Inside this context the routers choose otherwise; every weight stays, and all is as before on the way out.
 

@@ -73,7 +73,7 @@ def _record_decoder_lm(model: nn.Module, routers: list[FoundRouter], trace: Rout
         for routing in output.routings:
             refuse_varying_choices(routing)
         decisions = [(r.logits_NE, r.probabilities_NE, r.expert_ids_NK, r.weights_NK) for r in output.routings]
-        _append(trace, routers, decisions, tokens_BT, tokens_BT.shape, None, first, past)
+        _append(trace, routers, decisions, tokens_BT, None, first, past)
 
     return [model.register_forward_hook(record, with_kwargs=True)]
 
@@ -101,7 +101,7 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], trace: Ro
 
     @_outside_of_autograd
     def end(module: nn.Module, output: Any) -> None:
-        if forward.shape is None:
+        if forward.tokens_BT is None:
             raise ValueError(
                 f"{type(module).__name__} was given neither input_ids nor inputs_embeds; record the language model"
             )
@@ -111,13 +111,14 @@ def _record_transformers(model: nn.Module, routers: list[FoundRouter], trace: Ro
                 f"layer {missing[0]} made no routing: what was called is a compiled copy of the model, or uses a "
                 f"kernel in place of {type(routers[0].module).__name__}; call the plain model inside the context"
             )
-        first = sequences.first_of(forward.cache, forward.past, forward.shape[0])
-        sequences.remember(getattr(output, "past_key_values", None), first, forward.shape[0])
+        rows = len(forward.tokens_BT)
+        first = sequences.first_of(forward.cache, forward.past, rows)
+        sequences.remember(getattr(output, "past_key_values", None), first, rows)
         decisions = []
         for router in routers:
             logits_NE, weights_NK, expert_ids_NK = found.pop(router.layer)
             decisions.append((logits_NE, router.probabilities(logits_NE), expert_ids_NK, weights_NK))
-        _append(trace, routers, decisions, forward.tokens_BT, forward.shape, forward.mask_BS, first, forward.past)
+        _append(trace, routers, decisions, forward.tokens_BT, forward.mask_BS, first, forward.past)
 
     collectors = [router.module.register_forward_hook(collect(router)) for router in routers]
     return [*collectors, *forward.hooks(model, [router.name for router in routers], begin, end)]
@@ -158,8 +159,7 @@ class Forward:
 
     def _reset(self, module: nn.Module) -> None:
         self.module = module
-        self.tokens_BT: Tensor | None = None
-        self.shape: tuple[int, ...] | None = None
+        self.tokens_BT: Tensor | None = None  # -1 where embeddings are given in place of ids
         self.mask_BS: Tensor | None = None
         self.cache: Any = None
         self.past = 0
@@ -169,9 +169,9 @@ class Forward:
         ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         if self.tokens_BT is None and ids is not None:
-            self.tokens_BT, self.shape = ids, ids.shape
-        if self.shape is None and embeddings is not None:
-            self.shape = embeddings.shape[:2]
+            self.tokens_BT = ids
+        if self.tokens_BT is None and embeddings is not None:
+            self.tokens_BT = torch.full(embeddings.shape[:2], -1)
         if self.mask_BS is None and isinstance(mask, Tensor) and mask.dim() == 2:
             self.mask_BS = mask
         if self.cache is None and cache is not None:
@@ -203,14 +203,13 @@ def _append(
     trace: RoutingTrace,
     routers: list[FoundRouter],
     decisions: list[Decision],
-    tokens_BT: Tensor | None,
-    shape: tuple[int, ...],
+    tokens_BT: Tensor,
     mask_BS: Tensor | None,
     first: int,
     past: int,
 ) -> None:
     """Store one forward, of which `decisions` has a Decision for each layer."""
-    batch, length = shape
+    batch, length = tokens_BT.shape
     sizes = [(logits_NE.shape[0], logits_NE.shape[1], ids_NK.shape[1]) for logits_NE, _, ids_NK, _ in decisions]
     for router, (rows, experts, top_k) in zip(routers, sizes, strict=True):
         if rows != batch * length:
@@ -228,8 +227,6 @@ def _append(
         real_BT = seen_BS[:, -length:]
         position_BT = (seen_BS.long().cumsum(1) - 1)[:, -length:] + (past + length - seen_BS.shape[1])
     sequence_BT = torch.arange(first, first + batch, device=device)[:, None].expand(batch, length)
-    if tokens_BT is None:
-        tokens_BT = torch.full((batch, length), -1)
     keep_N = real_BT.flatten().nonzero().flatten() if mask_BS is not None else slice(None)
     per_layer = zip(PER_LAYER, zip(*decisions, strict=True), strict=True)
     per_token = zip(PER_TOKEN, (tokens_BT, sequence_BT, position_BT), strict=True)
