@@ -300,7 +300,7 @@ def test_a_selection_is_what_its_settings_promise(sizes, data, allocation, order
             assert row["mean_score"] == pytest.approx(np.mean([scores[i] for i in mine]))
         if mine and rest and order != "random":
             values = np.array(scores, float)
-            far = {"highest": -values, "lowest": values}[order]
+            far = {"highest": -values, "lowest": values, "middle": abs(values - np.median(values[members]))}[order]
             assert far[mine].max() <= far[rest].min()
 
 
@@ -456,7 +456,7 @@ def test_a_stream_is_read_a_few_times_and_only_candidates_are_hashed(monkeypatch
         ({"unit": "tokens"}, ValueError, "unit='tokens' needs tokens_per_document"),
         ({"tokens_per_document": [3]}, ValueError, r"tokens_per_document has shape \(1,\)"),
         ({"tokens_per_document": [0.5] * 10}, ValueError, "must be whole numbers"),
-        ({"order": "best"}, ValueError, "order='best' is unknown; choose one of highest, lowest, random"),
+        ({"order": "best"}, ValueError, "order='best' is unknown; choose one of highest, lowest, middle, random"),
         ({"allocation": "even"}, ValueError, "allocation='even' is unknown"),
         ({"near_duplicates": 80}, ValueError, "near_duplicates=80: give a similarity above 0"),
         ({"rows": []}, ValueError, "rows are empty"),

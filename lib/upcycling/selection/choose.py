@@ -31,7 +31,7 @@ from .quotas import quotas
 from .rows import Rows, _plain_tokenizer, _read
 
 STRATA = ("audience", "format", "seed_data")
-ORDERS = ("highest", "lowest", "random")
+ORDERS = ("highest", "lowest", "middle", "random")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,8 +154,8 @@ def select(
 ) -> Selection:
     """Choose documents for `budget`, in documents or in tokens, shared over the strata that occur (`quotas`).
 
-    order: in each stratum the documents with the highest score come first, the lowest, or any (random; `scores` may
-    then be None). Ties, and random, by `seed`; all else is fixed.
+    order: in each stratum the documents with the highest score come first, the lowest, those nearest to the stratum's
+    median (middle), or any (random; `scores` may then be None). Ties, and random, by `seed`; all else is fixed.
     near_duplicates: a document is passed over when its Jaccard similarity to a chosen one, over 5-word shingles in
     lower case and estimated by MinHash, is at least this (Broder 1997); None: not checked, and no text is read.
     unit="tokens": a stratum takes documents while the next one fits into its quota; then the strata furthest below
@@ -282,6 +282,8 @@ def _queue(documents: np.ndarray, scores_N: np.ndarray, tie_N: np.ndarray, order
     scores = scores_N[documents]
     if order == "highest":
         scores = -scores
+    elif order == "middle" and len(scores):
+        scores = np.abs(scores - np.median(scores))
     elif order == "random":
         scores = np.zeros(len(scores))
     return documents[np.lexsort((tie_N[documents], scores))]
