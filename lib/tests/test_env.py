@@ -5,10 +5,10 @@ import importlib.metadata as metadata
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from cells import COLAB_CELL
 from packaging.markers import default_environment

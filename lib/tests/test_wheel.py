@@ -4,12 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "lib" / "upcycling"

@@ -104,7 +104,7 @@ def check_environment(folder: str | os.PathLike | None = None) -> EnvironmentRep
     are remarks. Returns a report.
     """
     folder = folder or project_folder()
-    found = [(sys.version_info >= (3, 10), f"Python {platform.python_version()}")]
+    found = [(sys.version_info >= (3, 11), f"Python {platform.python_version()}")]
     if not found[0][0]:
         found = [(False, f"Python {platform.python_version()} is too old: install 3.11 or newer and run `make setup`")]
     found += _packages()
