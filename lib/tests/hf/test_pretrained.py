@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import numpy as np
 import pytest
@@ -268,7 +268,7 @@ def test_the_fields_that_cannot_be_kept_are_refused_by_name():
         refused = plan({"model_type": kind, **tiny_values(kind), **change})
         assert refused.target is None, (kind, change)
         assert word in refused.reason
-        assert word in str(refused) and "no stock class" in repr(refused)
+        assert word in str(refused) and "no stock class" in refused._repr_html_()
 
 
 # ------------------------------------------------------------------------------------------ what the check has to catch
@@ -344,7 +344,9 @@ def test_what_a_receipt_says():
     assert values["versions"]["transformers"] == transformers.__version__
     assert "sliding window of 40" in values["notes"][0]
     assert "| padded left | " in receipt.to_markdown()
-    assert "the same function" in repr(receipt)
+    assert "the same function" in receipt._repr_html_()
+    hostile = replace(receipt, target="<script>alert(1)</script>", checks={"<script>alert(2)</script>": 0.0})
+    assert "<script" not in hostile._repr_html_()
     with pytest.raises(FrozenInstanceError):
         receipt.tolerance = 1.0
 
@@ -381,6 +383,8 @@ def test_the_plan_says_what_is_built():
     assert set(carried_out.engines) == {"transformers", "vLLM", "llama.cpp"}
     text = str(carried_out)
     assert "layers [1]" in text and "(read, not run)" in text and "pools all layers" in text
+    assert "intermediate_size" in carried_out._repr_html_()
+    assert "<script" not in replace(carried_out, source="<script>alert(1)</script>")._repr_html_()
     with pytest.raises(FrozenInstanceError):
         carried_out.top_k = 3
 

@@ -7,6 +7,7 @@ from file to file.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checks import _one_of, whole_number
+from ..tables import Table
 from .families import FAMILIES, REFUSED
 from .families.base import Initialisation, Refusal, TargetTensor
 from .families.engine import build, configure, hub_shapes
@@ -126,6 +128,16 @@ class Plan:
         return "\n".join(lines + [f"  carried: {', '.join(plain)}"])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        if self.target is None:
+            return f"<b style='color:#a4001d'>no stock class</b><pre>{html.escape(str(self))}</pre>"
+        fields = Table({"field": name, "what becomes of it": what} for name, what in self.account.items())
+        names, head = html.escape(f"{self.source} → {self.target}"), html.escape(str(self).split("\n  ")[0])
+        return (
+            f"<b style='color:#00693e'>{names}</b><pre>{head}</pre>"
+            f"<details><summary>every field of the configuration</summary>{fields._repr_html_()}</details>"
+        )
 
 
 def _gib(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import html
 import json
 import math
 import platform
@@ -22,6 +23,7 @@ from ..core.equivalence import TOLERANCE
 from ..core.model import evaluating
 from ..routing.adapter import context_length
 from ..routing.hf_routers import check_model
+from ..tables import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +82,13 @@ class Receipt:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        colour = "#00693e" if self.passed else "#a4001d"
+        greedy = f"greedy generation {self._greedy_verdict}: {self.greedy!r}"
+        rows = [{"comparison": name, "max |Δlogit|": value} for name, value in self.checks.items()]
+        table = Table(rows, formats={"max |Δlogit|": ".1e"}, below=[greedy, self.probe, *self.notes])
+        return f"<b style='color:{colour}'>{html.escape(self.verdict)}</b>{table._repr_html_()}"
 
 
 @torch.no_grad()
