@@ -84,6 +84,13 @@ def test_private_names_of_torch_stand_in_one_file():
     assert found == {"kernels/private.py"}
 
 
+def test_importing_the_core_does_not_load_the_compiler():
+    code = "import sys, torch; before = {*sys.modules}; import upcycling.core.model; print({*sys.modules} - before)"
+    environment = os.environ | {"PYTHONPATH": str(LIBRARY.parent)}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "upcycling.kernels.private" in loaded.stdout and "torch._dynamo" not in loaded.stdout
+
+
 def test_the_core_works_without_the_folder(tmp_path):
     missing = """
     class Missing:
