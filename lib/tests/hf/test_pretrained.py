@@ -228,6 +228,8 @@ def outcome(kind, values, names):
 )
 def test_flip_every_field(kind, variant, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread for each tensor costs more than the tensor
+    # nothing is generated here
+    monkeypatch.setattr(transformers.GenerationConfig, "from_model_config", lambda _: transformers.GenerationConfig())
     values = tiny_values(kind, variant)
     config = transformers.AutoConfig.for_model(kind, **copy.deepcopy(values))
     untried, outcomes = [], {}
@@ -740,7 +742,7 @@ def losses_on(models, tokenizer, texts):
     [
         (TINY_LLAMA, 12, 2.0, 2.5),
         pytest.param(SHARED / "stories260K", 12, 1.0, 1.6, marks=needs_shared),
-        pytest.param(SHARED / "stories260K", 200, 1.0, 1.6, marks=[needs_shared, pytest.mark.slow]),
+        pytest.param(SHARED / "stories260K", None, 1.0, 1.6, marks=[needs_shared, pytest.mark.slow]),
     ],
 )
 def test_the_loss_on_real_stories_is_unchanged_to_five_decimals(folder, many, low, high):
@@ -750,6 +752,9 @@ def test_the_loss_on_real_stories_is_unchanged_to_five_decimals(folder, many, lo
     if folder != TINY_LLAMA:
         lines = (SHARED / "tinystories_valid.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
+    if many is None:  # each text that holds a token that none before it has
+        seen = set()
+        texts = [text for text in texts if (new := {*tokenizer(text)["input_ids"]} - seen) and not seen.update(new)]
     models = dense, upcycle_pretrained(dense, 8, 2)
     (before, after), count, apart = losses_on(models, tokenizer, texts[:many])
     assert count > 2000 and low < before < high
