@@ -155,7 +155,8 @@ def beside(only: str | None, environment: dict[str, str], scratch: Path) -> list
     if only in (None, "library"):
         add("library", [*PYTEST, "--durations=15", "lib/tests"], environment, "library")
         plain = dict(environment, UPCYCLING_KERNELS="0")
-        add("core, kernels off", [*PYTEST, "-m", "not slow", "lib/tests/core", "lib/tests/training"], plain, "plain")
+        folders = [f"lib/tests/{folder}" for folder in ("core", "training", "decoding")]
+        add("core, kernels off", [*PYTEST, "-m", "not slow", *folders], plain, "plain")
     if only in (None, "rounding") and (other := other_rounding(environment)):
         add("core, other rounding", [*PYTEST, "-m", "not slow", "lib/tests/core"], other, "rounding")
         add("notebooks, other rounding", nbval("--nbval-lax", *ROUNDED), other, "rounding")

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from upcycling import kernels
 from upcycling.core.config import ModelConfig, MoEConfig
 from upcycling.core.model import DecoderLM
 from upcycling.core.routers import ROUTERS, TopP
+from upcycling.decoding import decode
 from upcycling.decoding.decode import Decoder, can_decode
 from upcycling.decoding.generation import generate
 from upcycling.hf.decoder_lm import to_hf
@@ -29,6 +31,22 @@ VARIANTS = {
     "smol moe": ModelConfig.smol(**SIZES, n_kv_heads=1, moe=MOE),
     "nano moe": ModelConfig.nano(**SIZES, moe=MoEConfig(num_experts=4, top_k=2, noisy=True)),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels_on():
+    """The decoder of one text is tested also where UPCYCLING_KERNELS=0 keeps it from being taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (choice, decode, kernels):
+            patch.setattr(module, "ON", True)
+        yield
+
+
+def test_the_switch_takes_the_decoder_away(monkeypatch):
+    model = make_model()
+    assert can_decode(model)
+    monkeypatch.setattr(decode, "ON", False)
+    assert not can_decode(model)
 
 
 def make_model(config=VARIANTS["simple"], std=0.4):
