@@ -153,7 +153,7 @@ def beside(only: str | None, environment: dict[str, str], scratch: Path) -> list
         commands.append((name, command, dict(environment, UPCYCLING_ARTIFACTS=str(scratch / cache))))
 
     if only in (None, "library"):
-        add("library", [*PYTEST, "--durations=15", "lib/tests"], environment, "library")
+        add("library", [*PYTEST, "-p", "no:nbval", "--durations=15", "lib/tests"], environment, "library")
         plain = dict(environment, UPCYCLING_KERNELS="0")
         folders = [f"lib/tests/{folder}" for folder in ("core", "training", "decoding")]
         add("core, kernels off", [*PYTEST, "-m", "not slow", *folders], plain, "plain")
